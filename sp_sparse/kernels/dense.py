@@ -1,0 +1,52 @@
+"""Dense attention with its LSE, for the layers and steps that the schedule keeps dense."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Elements of the largest temporary on a device without a fused kernel that returns the LSE.
+_BUDGET = 1 << 24
+
+
+def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention over all keys: `[B, Sq, H, D]`, `[B, Sk, H, D]` -> out `[B, Sq, H, D]`, lse `[B, H, Sq]` (natural log, fp32).
+
+    On CUDA in fp16/bf16 it is the kernel of torch's own dense attention, cuDNN's where that runs and FlashAttention-2
+    elsewhere; on other devices and dtypes it computes slices of queries in fp32 (fp64 for fp64 inputs).
+    """
+    if key.shape[1] == 0:
+        lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), float("-inf"), device=query.device)
+        return torch.zeros_like(query), lse
+    if query.numel() and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        return _fused(query, key, value, scale)
+    return _sliced(query, key, value, scale)
+
+
+def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    if _cudnn_runs(q, k, v):
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+    else:
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+    return out.transpose(1, 2), lse.reshape(lse.shape[0], lse.shape[1], -1)[:, :, : query.shape[1]]
+
+
+def _cudnn_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    if not torch.backends.cuda.cudnn_sdp_enabled():
+        return False
+    params = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, False)
+    return torch.backends.cuda.can_use_cudnn_attention(params)
+
+
+def _sliced(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
+    q, k, v = (x.transpose(1, 2).to(compute) for x in (query, key, value))
+    rows = max(1, _BUDGET // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
+    outs, lses = [], []
+    for part in (q * scale).split(rows, dim=2):
+        scores = part @ k.transpose(2, 3)
+        lse = scores.logsumexp(-1)
+        outs.append((scores - lse.unsqueeze(-1)).exp() @ v)
+        lses.append(lse)
+    return torch.cat(outs, 2).transpose(1, 2).to(query.dtype), torch.cat(lses, 2)

@@ -1,0 +1,152 @@
+"""Finding a kernel by name, and choosing one for a device."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+
+import torch
+
+from sp_sparse.kernels.base import Kernel
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINT_GROUP = "sp_sparse.kernels"
+
+BUILT_IN = {
+    "triton": "sp_sparse.kernels.triton:TritonKernel",
+    "reference": "sp_sparse.kernels.reference:ReferenceKernel",
+}
+
+# `auto` takes the first of these that runs: fastest first, as measured in docs/benchmarks.
+AUTO_ORDER = ("triton", "reference")
+
+
+@dataclass(frozen=True)
+class KernelRequest:
+    """What a kernel is wanted for.
+
+    Attributes:
+        device: where query, key and value are.
+        dtype: their dtype.
+        head_dim: their head dimension.
+        block_size: (query block, key block) in tokens.
+        needs_lse: True under ring parallelism, where partial results are merged by LSE.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    head_dim: int
+    block_size: tuple[int, int]
+    needs_lse: bool
+
+
+def kernel_names() -> tuple[str, ...]:
+    """Built-in kernels, then those that other installed packages offer."""
+    others = [point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BUILT_IN]
+    return (*BUILT_IN, *sorted(others))
+
+
+def load_kernel(name: str) -> Kernel:
+    """The kernel called `name`: built in, an entry point of group `sp_sparse.kernels`, or a class path `package.module:Class`.
+
+    Raises:
+        ValueError: nothing has this name, or a class path that cannot be imported.
+    """
+    path = BUILT_IN.get(name)
+    if path is None:
+        for point in entry_points(group=ENTRY_POINT_GROUP):
+            if point.name == name:
+                kernel: Kernel = point.load()()
+                return kernel
+        if ":" not in name:
+            raise ValueError(
+                f"unknown sparse attention backend {name!r}; use one of {', '.join(('auto', 'none', *kernel_names()))}, "
+                "or a class path package.module:Class"
+            )
+        path = name
+    module, _, attribute = path.partition(":")
+    try:
+        kernel = getattr(importlib.import_module(module), attribute)()
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"sparse attention backend {name!r} cannot be loaded: {error}") from error
+    return kernel
+
+
+def why_not(kernel: Kernel, request: KernelRequest) -> str | None:
+    """Why `kernel` cannot serve `request`, both sides named, or None if it can."""
+    info = kernel.info
+    checks = (
+        ("device", request.device.type, info.device_types),
+        ("dtype", request.dtype, info.dtypes),
+        ("head dimension", request.head_dim, info.head_dims),
+        ("block size", request.block_size, info.block_sizes),
+    )
+    for what, wanted, able in checks:
+        if able and wanted not in able:
+            return f"{what} {wanted} is not among {', '.join(map(str, able))}"
+    if request.needs_lse and not info.returns_lse:
+        return "it returns no LSE, which ring parallelism needs to merge its hops"
+    # Whether its package is there comes after what no installation can change, and before what asks the GPU.
+    reason = kernel.missing()
+    if reason is None and request.device.type == "cuda":
+        reason = _wrong_capability(kernel, torch.cuda.get_device_capability(request.device))
+    return reason
+
+
+def select_kernel(name: str, request: KernelRequest) -> Kernel:
+    """The kernel for `request`: the one called `name`, or for `auto` the fastest that runs.
+
+    Raises:
+        ValueError: the named kernel cannot serve the request; the text says why and names those that can.
+    """
+    if name != "auto":
+        kernel = load_kernel(name)
+        reason = why_not(kernel, request)
+        if reason is not None:
+            raise ValueError(f"sparse attention backend {name!r} cannot run here: {reason}; {_remedy(request)}")
+        return kernel
+    passed_over = []
+    for candidate in AUTO_ORDER:
+        kernel = load_kernel(candidate)
+        reason = why_not(kernel, request)
+        if reason is None:
+            logger.info(
+                "sparse attention backend auto: %s on %s%s",
+                candidate, request.device, "".join(f"; not {n}: {why}" for n, why in passed_over),
+            )
+            return kernel
+        passed_over.append((candidate, reason))
+    raise ValueError(
+        "no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over)
+    )
+
+
+def check_returns_lse(name: str) -> None:
+    """Refuse, before any tensor is seen, a kernel that cannot serve ring parallelism.
+
+    Raises:
+        ValueError: the kernel returns no LSE; the text names those that do.
+    """
+    if name == "auto" or load_kernel(name).info.returns_lse:
+        return
+    able = [other for other in kernel_names() if load_kernel(other).info.returns_lse]
+    raise ValueError(
+        f"sparse attention backend {name!r} returns no LSE, which ring parallelism needs to merge its hops; "
+        f"use {', '.join(able)}, or ring_degree=1"
+    )
+
+
+def _wrong_capability(kernel: Kernel, capability: tuple[int, int]) -> str | None:
+    info = kernel.info
+    if capability < info.min_capability or (info.max_capability is not None and capability > info.max_capability):
+        upper = "newer" if info.max_capability is None else "{}.{}".format(*info.max_capability)
+        return "compute capability {}.{} is outside {}.{} to {}".format(*capability, *info.min_capability, upper)
+    return None
+
+
+def _remedy(request: KernelRequest) -> str:
+    able = [name for name in kernel_names() if why_not(load_kernel(name), request) is None]
+    return f"use {', '.join(('auto', *able))}" if able else "no installed backend can"
