@@ -26,7 +26,9 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if _cudnn_runs(q, k, v):
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
+        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, False, False, scale=scale
+        )[:2]
     else:
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
     return out.transpose(1, 2), lse.reshape(lse.shape[0], lse.shape[1], -1)[:, :, : query.shape[1]]

@@ -31,7 +31,9 @@ class ReferenceKernel:
     ) -> tuple[Tensor, Tensor | None]:
         batch, query_length, heads, head_dim = query.shape
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-        out = torch.zeros(batch, heads, mask.num_query_blocks, mask.block_size[0], head_dim, dtype=compute, device=query.device)
+        out = torch.zeros(
+            batch, heads, mask.num_query_blocks, mask.block_size[0], head_dim, dtype=compute, device=query.device
+        )
         lse = torch.full(out.shape[:-1], float("-inf"), dtype=compute, device=query.device)
         width = mask.indices.shape[3]
         if width and out.numel():

@@ -115,13 +115,13 @@ def select_kernel(name: str, request: KernelRequest) -> Kernel:
         if reason is None:
             logger.info(
                 "sparse attention backend auto: %s on %s%s",
-                candidate, request.device, "".join(f"; not {n}: {why}" for n, why in passed_over),
+                candidate,
+                request.device,
+                "".join(f"; not {n}: {why}" for n, why in passed_over),
             )
             return kernel
         passed_over.append((candidate, reason))
-    raise ValueError(
-        "no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over)
-    )
+    raise ValueError("no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over))
 
 
 def check_returns_lse(name: str) -> None:

@@ -1,0 +1,187 @@
+"""Block-sparse attention that is the same on every mesh: the layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sp_sparse.config import SparseAttentionConfig
+from sp_sparse.kernels.base import Kernel
+from sp_sparse.kernels.dense import dense_attention
+from sp_sparse.kernels.registry import KernelRequest, check_returns_lse, load_kernel, select_kernel
+from sp_sparse.mask import BlockMask
+from sp_sparse.parallel.mesh import SequenceParallelMesh
+from sp_sparse.parallel.shards import SequenceShards
+from sp_sparse.parallel.strategy import SequenceParallelStrategy
+from sp_sparse.recorder import AttentionRecorder
+from sp_sparse.selection.static import StaticBlocks, select_static, static_rows
+from sp_sparse.selection.summaries import block_means, block_scores
+from sp_sparse.selection.topk import select_topk
+from sp_sparse.video import VideoGrid, token_order
+
+
+class SparseAttention:
+    """Self-attention of one layer over a sequence that the ranks of a mesh share.
+
+    Whatever the mesh, the block masks are those of a single device that holds the whole sequence, and so is the output,
+    to rounding.
+    """
+
+    def __init__(
+        self,
+        config: SparseAttentionConfig,
+        mesh: SequenceParallelMesh,
+        *,
+        num_heads: int,
+        head_dim: int,
+        layer: int = 0,
+        expert: int = 0,
+        recorder: AttentionRecorder | None = None,
+    ) -> None:
+        """A collective call on meshes of several ranks, which compare their arguments.
+
+        Args:
+            config: what is sparse, and how.
+            mesh: the process groups.
+            num_heads: heads `H` of the whole layer; they need not divide by the Ulysses degree.
+            head_dim: head dimension `D`.
+            layer: number of the layer, for the schedule.
+            expert: 0, or 1 for the second (low-noise) expert of Wan 2.2.
+            recorder: counts calls and measures densities; None measures nothing.
+
+        Raises:
+            ValueError: backend `none`, an unknown backend, one that cannot serve the mesh, fewer heads than Ulysses ranks.
+            RuntimeError: the ranks' arguments differ.
+        """
+        if config.backend == "none":
+            raise ValueError("backend 'none' means the model's own attention; choose a backend such as 'auto'")
+        if mesh.ring_degree > 1:
+            check_returns_lse(config.backend)
+        elif config.backend != "auto":
+            load_kernel(config.backend)
+        self.config = config
+        self.num_heads, self.head_dim = num_heads, head_dim
+        self.layer, self.expert = layer, expert
+        self.strategy = SequenceParallelStrategy(mesh, math.lcm(*config.block_size))
+        self.strategy.heads(num_heads)
+        mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
+        self._schedule = config.schedule_for(expert)
+        self._recorder = recorder
+        self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
+        self._static: dict[tuple[VideoGrid, SequenceShards, torch.device], StaticBlocks] = {}
+
+    @property
+    def mesh(self) -> SequenceParallelMesh:
+        return self.strategy.mesh
+
+    @torch.compiler.disable
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        grid: VideoGrid | tuple[int, int, int],
+        step: int | None = None,
+        num_steps: int | None = None,
+        shards: SequenceShards | None = None,
+        scale: float | None = None,
+    ) -> Tensor:
+        """Attention of this rank's tokens over the whole sequence.
+
+        Args:
+            query, key, value: this rank's shard `[B, S_rank, H, D]`, in the token order of the config.
+            grid: tokens of the whole video along time, height and width.
+            step, num_steps: denoising step and number of steps; needed by schedules that change with the step.
+            shards: the cut of the sequence over the ranks; by default `self.shards(grid)`.
+            scale: factor on the scores; by default `D ** -0.5`.
+
+        Returns:
+            `[B, S_rank, H, D]` in the dtype of `query`.
+
+        Raises:
+            ValueError: shapes that do not fit the layer, the grid or the shards; a kernel that cannot run these inputs.
+        """
+        grid = grid if isinstance(grid, VideoGrid) else VideoGrid(*grid)
+        shards = shards or self.shards(grid)
+        self._check(query, key, value, grid, shards)
+        density = self._schedule.density(self.layer, step, num_steps)
+        scale = self.head_dim**-0.5 if scale is None else scale
+        kernel = self._kernel(query)
+
+        q, k, v, ring_shards, context = self.strategy.pre_attention(query, key, value, shards)
+        mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
+            return dense_attention(q, k, v, scale) if mask is None else kernel(q, k, v, mask, scale)
+
+        out = self.strategy.attend(attend, q, k, v, mask, ring_shards)
+        if self._recorder is not None:
+            self._recorder.record(self.expert, self.layer, step, mask, kernel.info.name)
+        return self.strategy.post_attention(out, context)
+
+    def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
+        """The cut that this layer expects by default: ring shards at block edges, as equal as that allows."""
+        grid = grid if isinstance(grid, VideoGrid) else VideoGrid(*grid)
+        mesh = self.mesh
+        return SequenceShards.aligned(grid.num_tokens, self.strategy.block, mesh.ulysses_degree, mesh.ring_degree)
+
+    def _select(self, query: Tensor, key: Tensor, grid: VideoGrid, shards: SequenceShards, density: float) -> BlockMask:
+        """The mask of this ring shard's query blocks over all key blocks, for the heads of this rank."""
+        query_block, key_block = block_size = self.config.block_size
+        static = self._static_blocks(grid, shards, query.device)
+        lengths = query.shape[1], shards.sequence_length
+        if self.config.selector == "window":
+            return select_static(static, query.shape[0], query.shape[2], block_size, *lengths)
+        key_means = self.strategy.gather_blocks(block_means(key, key_block), shards, key_block)
+        scores = block_scores(block_means(query, query_block), key_means)
+        return select_topk(scores, static, density, block_size, *lengths)
+
+    def _static_blocks(self, grid: VideoGrid, shards: SequenceShards, device: torch.device) -> StaticBlocks:
+        """Planned once a grid and cut: the tables stay on the device."""
+        plan = (grid, shards, device)
+        if plan not in self._static:
+            config = self.config
+            first_frame = None
+            if config.keep_first_frame:
+                first_frame = token_order(grid, config.token_order) < grid.height * grid.width
+            rows = static_rows(
+                grid.num_tokens,
+                config.block_size,
+                shards.range_of(self.mesh.ring_rank),
+                keep_diagonal=config.keep_diagonal,
+                window=config.window,
+                first_frame=first_frame,
+            )
+            self._static[plan] = StaticBlocks.of(rows, device)
+        return self._static[plan]
+
+    def _kernel(self, query: Tensor) -> Kernel:
+        kind = (query.device, query.dtype)
+        if kind not in self._kernels:
+            needs_lse = self.mesh.ring_degree > 1
+            request = KernelRequest(*kind, self.head_dim, self.config.block_size, needs_lse)
+            self._kernels[kind] = select_kernel(self.config.backend, request)
+        return self._kernels[kind]
+
+    def _check(self, query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, shards: SequenceShards) -> None:
+        if query.ndim != 4 or query.shape[2:] != (self.num_heads, self.head_dim):
+            raise ValueError(
+                f"query has shape {tuple(query.shape)}, but this layer takes [B, S, {self.num_heads}, {self.head_dim}]"
+            )
+        for name, x in (("key", key), ("value", value)):
+            if x.shape != query.shape or x.dtype != query.dtype or x.device != query.device:
+                raise ValueError(
+                    f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, query is {tuple(query.shape)} {query.dtype} on "
+                    f"{query.device}; self-attention takes three alike"
+                )
+        if not query.is_floating_point():
+            raise ValueError(f"query is {query.dtype}; attention takes floating-point tensors")
+        if shards.sequence_length != grid.num_tokens:
+            raise ValueError(
+                f"grid {grid.shape} has {grid.num_tokens} tokens, but the shards {shards.lengths} with {shards.padding} "
+                f"of padding hold {shards.sequence_length}; pass the grid after patching, and a cut of the same sequence"
+            )

@@ -1,0 +1,136 @@
+"""The configuration of sparse attention and its command-line flags, from one definition."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from sp_sparse.schedule import SCHEDULES, Schedule
+from sp_sparse.video import TOKEN_ORDERS
+
+SELECTORS = ("topk", "window")
+
+
+def _option(default: Any, text: str, parse: Callable[[str], Any] = str, choices: tuple[str, ...] = ()) -> Any:
+    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
+
+
+def _flag_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError(f"{text!r} is neither true nor false")
+
+
+def _block_size(text: str) -> tuple[int, int]:
+    query, _, key = text.partition("x")
+    return int(query), int(key or query)
+
+
+def _table(text: str) -> tuple[tuple[float, ...], ...]:
+    rows = json.loads(text if text.lstrip().startswith("[") else f"[{text}]")
+    return _rows(rows)
+
+
+def _rows(rows: Any) -> tuple[tuple[float, ...], ...]:
+    if rows and not isinstance(rows[0], (list, tuple)):
+        rows = [rows]
+    return tuple(tuple(float(entry) for entry in row) for row in rows)
+
+
+@dataclass(frozen=True)
+class SparseAttentionConfig:
+    """What is sparse, and how. Each field is also a flag: `topk` is `--sparse-attn-topk`.
+
+    Raises:
+        ValueError: a value outside its range; the text names the value and what is allowed.
+    """
+
+    backend: str = _option(
+        "none", "kernel: none (leave the model as it is), auto, a kernel's name, or package.module:Class"
+    )
+    topk: float = _option(0.3, "share of key blocks that each query block keeps, in (0, 1]; 1.0 is dense", float)
+    topk_2: float | None = _option(None, "topk of the second (low-noise) expert, if it differs", float)
+    schedule: str = _option("conservative", "density over layers and steps", choices=SCHEDULES)
+    schedule_2: str | None = _option(None, "schedule of the second expert, if it differs", choices=SCHEDULES)
+    schedule_table: tuple[tuple[float, ...], ...] = _option(
+        (), "densities over the steps, such as 1,1,0.5,0.3, or a JSON list of one such list a layer", _table
+    )
+    schedule_table_2: tuple[tuple[float, ...], ...] = _option((), "schedule table of the second expert", _table)
+    dense_steps: int = _option(0, "first denoising steps that stay dense", int)
+    dense_layers: int = _option(0, "first layers that stay dense", int)
+    selector: str = _option(
+        "topk", "topk: highest mean-pooled scores; window: only the blocks always kept", choices=SELECTORS
+    )
+    keep_diagonal: bool = _option(True, "always keep the key blocks at the query block's own place", _flag_bool)
+    keep_first_frame: bool = _option(
+        False, "always keep the key blocks that hold tokens of the first frame", _flag_bool
+    )
+    window: int = _option(0, "key blocks always kept on either side of the diagonal", int)
+    block_size: tuple[int, int] = _option(
+        (128, 128), "tokens of a block, as 128 or as 128x64 (query x key)", _block_size
+    )
+    token_order: str = _option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", tuple(self.block_size))
+        object.__setattr__(self, "schedule_table", _rows(self.schedule_table))
+        object.__setattr__(self, "schedule_table_2", _rows(self.schedule_table_2))
+        for option in fields(self):
+            value, choices = getattr(self, option.name), option.metadata["choices"]
+            if choices and value is not None and value not in choices:
+                raise ValueError(f"{option.name}={value!r} is not known; use one of {', '.join(choices)}")
+        if len(self.block_size) != 2 or min(self.block_size) < 8 or max(self.block_size) > 256:
+            raise ValueError(f"block_size {self.block_size}: each of (query, key) must be in [8, 256]; use (128, 128)")
+        if self.window < 0:
+            raise ValueError(f"window={self.window} is negative; use 0 to switch it off")
+        if self.window and not self.keep_diagonal:
+            raise ValueError(f"window={self.window} includes the diagonal; leave keep_diagonal on, or use window=0")
+        if self.selector == "window" and not self.keep_diagonal:
+            raise ValueError("selector 'window' without keep_diagonal could keep nothing; leave keep_diagonal on")
+        for expert in (0, 1):
+            self.schedule_for(expert)
+
+    def schedule_for(self, expert: int) -> Schedule:
+        """The schedule of expert 0 (the only, or high-noise one) or 1 (low-noise)."""
+        kind, topk, table = self.schedule, self.topk, self.schedule_table
+        if expert == 1:
+            kind = self.schedule_2 or kind
+            topk = topk if self.topk_2 is None else self.topk_2
+            table = self.schedule_table_2 or (table if kind == "table" else ())
+        return Schedule(topk, kind, table, self.dense_steps, self.dense_layers)
+
+    @classmethod
+    def add_flags(cls, parser: argparse.ArgumentParser) -> None:
+        """Add `--sparse-attn-…` flags; one that is not given stays absent from the namespace."""
+        group = parser.add_argument_group("sparse attention")
+        for option in fields(cls):
+            group.add_argument(
+                f"--sparse-attn-{option.name.replace('_', '-')}",
+                dest=f"sparse_attn_{option.name}",
+                type=option.metadata["parse"],
+                choices=option.metadata["choices"] or None,
+                default=argparse.SUPPRESS,
+                help=f"{option.metadata['help']} (default: {option.default})".replace("%", "%%"),
+            )
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
+        """From `{"topk": 0.3, …}`, refusing unknown names."""
+        known = {option.name for option in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(
+                f"unknown sparse attention options {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+            )
+        return cls(**values)
+
+    @classmethod
+    def from_flags(cls, namespace: argparse.Namespace) -> SparseAttentionConfig:
+        """From a namespace that `add_flags` filled."""
+        given = vars(namespace)
+        return cls(**{o.name: given[f"sparse_attn_{o.name}"] for o in fields(cls) if f"sparse_attn_{o.name}" in given})

@@ -1,0 +1,51 @@
+"""Moving the few tokens that lie between two cuts of the same sequence to the rank that should hold them."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from sp_sparse.parallel.shards import SequenceShards, overlap
+
+
+def realign(
+    tensors: tuple[Tensor, ...], source: SequenceShards, target: SequenceShards, group: ProcessGroup | None
+) -> tuple[Tensor, ...]:
+    """Move `[B, S, H, D]` tensors from the cut `source` to the cut `target` of the ranks of `group`.
+
+    Padding of `source` is dropped and padding of `target` is 0. Every rank knows both cuts, so the messages (one a pair
+    of ranks whose ranges overlap) are the same seen from both ends.
+    """
+    rank = 0 if group is None else dist.get_rank(group)
+    held, wanted = source.range_of(rank), target.range_of(rank)
+    pieces: dict[int, Tensor] = {}
+    operations: list[dist.P2POp] = []
+    like = tensors[0]
+    for peer in range(len(source.lengths)):
+        give = overlap(held, target.range_of(peer))
+        take = overlap(wanted, source.range_of(peer))
+        if peer == rank:
+            continue
+        if give[0] < give[1]:
+            part = torch.stack([x[:, give[0] - held[0] : give[1] - held[0]] for x in tensors])
+            operations.append(dist.P2POp(dist.isend, part, dist.get_global_rank(group, peer), group))
+        if take[0] < take[1]:
+            shape = (len(tensors), like.shape[0], take[1] - take[0], *like.shape[2:])
+            pieces[peer] = like.new_empty(shape)
+            operations.append(dist.P2POp(dist.irecv, pieces[peer], dist.get_global_rank(group, peer), group))
+    for work in dist.batch_isend_irecv(operations) if operations else ():
+        work.wait()
+    keep = overlap(held, wanted)
+    padding = target.lengths[rank] - (wanted[1] - wanted[0])
+    moved = []
+    for i, x in enumerate(tensors):
+        parts = {peer: piece[i] for peer, piece in pieces.items()}
+        if keep[0] < keep[1]:
+            parts[rank] = x[:, keep[0] - held[0] : keep[1] - held[0]]
+        ordered = [parts[peer] for peer in sorted(parts)]
+        if padding:
+            ordered.append(x.new_zeros(x.shape[0], padding, *x.shape[2:]))
+        moved.append(ordered[0] if len(ordered) == 1 else torch.cat(ordered, 1) if ordered else x[:, :0])
+    return tuple(moved)

@@ -1,0 +1,169 @@
+"""How shards meet around one attention call: none, Ulysses, ring, or Ulysses within a ring."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from sp_sparse.mask import BlockMask, num_blocks
+from sp_sparse.parallel.mesh import SequenceParallelMesh
+from sp_sparse.parallel.realign import realign
+from sp_sparse.parallel.ring import ring_attention
+from sp_sparse.parallel.shards import SequenceShards, split_evenly
+from sp_sparse.parallel.ulysses import gather_sequence, scatter_sequence
+
+# (query, key, value, mask or None for dense) -> (out, lse or None)
+Attend = Callable[[Tensor, Tensor, Tensor, "BlockMask | None"], "tuple[Tensor, Tensor | None]"]
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """What `post_attention` needs to undo `pre_attention`.
+
+    Attributes:
+        shards: the cut over all ranks that the caller came with.
+        gathered: the cut over the ring after Ulysses has gathered, as the caller's cut makes it.
+        heads: heads that each rank of the Ulysses group attends.
+    """
+
+    shards: SequenceShards
+    gathered: SequenceShards
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class SequenceParallelStrategy:
+    """Participates in an attention call as vllm-omni's parallel-attention strategies do, and runs the ring itself.
+
+    `pre_attention` turns this rank's tokens of all heads into the ring shard of some heads, starting at a block edge;
+    `attend` runs a kernel over every key; `post_attention` turns the output back into this rank's tokens of all heads.
+
+    Attributes:
+        mesh: the process groups.
+        block: tokens to a multiple of which ring shards start: a multiple of both block sizes of the masks.
+    """
+
+    mesh: SequenceParallelMesh
+    block: int
+
+    @property
+    def enabled(self) -> bool:
+        return self.mesh.sequence_degree > 1
+
+    @property
+    def name(self) -> str:
+        names = [n for n in ("ulysses", "ring") if getattr(self.mesh, f"{n}_degree") > 1]
+        return "+".join(names) or "none"
+
+    def heads(self, num_heads: int) -> tuple[int, ...]:
+        """Heads that each rank of the Ulysses group attends.
+
+        Raises:
+            ValueError: fewer heads than ranks.
+        """
+        degree = self.mesh.ulysses_degree
+        if num_heads < degree:
+            raise ValueError(
+                f"{num_heads} heads cannot be split over ulysses_degree={degree}; use at most {num_heads}, "
+                f"and ring_degree for the other ranks"
+            )
+        return split_evenly(num_heads, degree)
+
+    def pre_attention(
+        self, query: Tensor, key: Tensor, value: Tensor, metadata: SequenceShards
+    ) -> tuple[Tensor, Tensor, Tensor, SequenceShards, ParallelContext]:
+        """`[B, S_rank, H, D]` each -> `[B, S_ring, H_rank, D]` each, and the cut of the sequence over the ring.
+
+        Raises:
+            ValueError: this rank's tensors do not hold the tokens that `metadata` gives it.
+        """
+        self._check_held(query, metadata)
+        heads = self.heads(query.shape[2])
+        gathered = metadata.grouped(self.mesh.ulysses_degree)
+        context = ParallelContext(metadata, gathered, heads)
+        tensors = query, key, value
+        if self.mesh.ulysses_group is not None:
+            tokens = self._group_tokens(metadata)
+            group = self.mesh.ulysses_group
+            tensors = tuple(gather_sequence(x, tokens, heads, group) for x in tensors)  # type: ignore[assignment]
+        aligned = self._aligned(gathered)
+        if aligned != gathered:
+            tensors = realign(tensors, gathered, aligned, self.mesh.ring_group)  # type: ignore[assignment]
+        return (*tensors, aligned, context)
+
+    def attend(
+        self,
+        attend: Attend,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: BlockMask | None,
+        metadata: SequenceShards,
+    ) -> Tensor:
+        """Attention of this ring shard's queries over all keys, `[B, S_ring, H_rank, D]`.
+
+        Args:
+            attend: the kernel; under ring it must return the LSE.
+            query, key, value, metadata: as `pre_attention` returns them.
+            mask: over this shard's query blocks and all key blocks of the sequence; None attends everything.
+        """
+        if self.mesh.ring_group is None:
+            return attend(query, key, value, mask)[0]
+        hops = None if mask is None else mask.split_keys(metadata.edges)
+
+        def attend_shard(hop_key: Tensor, hop_value: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+            out, lse = attend(query, hop_key, hop_value, None if hops is None else hops[owner])
+            if lse is None:
+                raise ValueError("the kernel returned no LSE, which ring parallelism needs; use one that does")
+            return out, lse
+
+        return ring_attention(attend_shard, key, value, metadata.lengths, self.mesh.ring_group)[0]
+
+    def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
+        """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""
+        aligned = self._aligned(context.gathered)
+        if aligned != context.gathered:
+            (out,) = realign((out,), aligned, context.gathered, self.mesh.ring_group)
+        if self.mesh.ulysses_group is not None:
+            tokens = self._group_tokens(context.shards)
+            out = scatter_sequence(out, tokens, context.heads, self.mesh.ulysses_group)
+        return out
+
+    def gather_blocks(self, summaries: Tensor, metadata: SequenceShards, block: int) -> Tensor:
+        """Put the block summaries of every ring shard together: `[B, H, N_shard, D]` -> `[B, H, N, D]`."""
+        group = self.mesh.ring_group
+        if group is None:
+            return summaries
+        counts = [num_blocks(length, block) for length in metadata.lengths]
+        send = summaries.new_zeros(max(counts), *summaries.shape[:2], summaries.shape[3])
+        send[: summaries.shape[2]] = summaries.permute(2, 0, 1, 3)
+        everyone = send.new_empty(len(counts) * max(counts), *send.shape[1:])
+        dist.all_gather_into_tensor(everyone, send, group=group)
+        parts = [part[:count] for part, count in zip(everyone.split(max(counts)), counts, strict=True)]
+        return torch.cat(parts).permute(1, 2, 0, 3)
+
+    def _aligned(self, gathered: SequenceShards) -> SequenceShards:
+        edges = gathered.edges[1:-1]
+        if gathered.padding == 0 and all(e % self.block == 0 or e == gathered.sequence_length for e in edges):
+            return gathered
+        return gathered.realigned(self.block)
+
+    def _group_tokens(self, shards: SequenceShards) -> tuple[int, ...]:
+        first = self.mesh.ring_rank * self.mesh.ulysses_degree
+        return shards.lengths[first : first + self.mesh.ulysses_degree]
+
+    def _check_held(self, query: Tensor, shards: SequenceShards) -> None:
+        rank, degree = self.mesh.sequence_rank, self.mesh.sequence_degree
+        if len(shards.lengths) != degree:
+            raise ValueError(
+                f"shards for {len(shards.lengths)} ranks were given to a mesh of {degree}; cut the sequence for {degree}"
+            )
+        if query.shape[1] != shards.lengths[rank]:
+            raise ValueError(
+                f"rank {rank} holds {query.shape[1]} tokens but its shard of {shards.lengths} is {shards.lengths[rank]}; "
+                "cut the sequence with SequenceShards.aligned, or pass the cut you made as `shards`"
+            )

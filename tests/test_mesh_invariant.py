@@ -1,0 +1,171 @@
+"""The invariant: masks bit-identical and outputs equal for every mesh, against float64 dense attention under the mask."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from sp_sparse import BlockMask, SequenceParallelMesh, SequenceShards, SparseAttention, SparseAttentionConfig, VideoGrid
+from sp_sparse.kernels.reference import ReferenceKernel
+from sp_sparse.parallel.strategy import SequenceParallelStrategy
+from sp_sparse.video import token_order
+from tests.oracle import assert_close, expand, masked_attention, relative_error
+from tests.ranks import run_ranks
+
+MESHES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2), (2, 4), (4, 2), (1, 8)]
+
+BASE = SparseAttentionConfig(
+    backend="reference", schedule="constant", topk=0.3, block_size=(16, 16), keep_diagonal=False
+)
+
+# (config, grid, heads, batch): lengths and head counts that do not divide, unequal blocks, one more batch entry.
+CASES = {
+    "plain": (BASE, VideoGrid(4, 8, 9), 4, 1),
+    "ragged": (replace(BASE, topk=0.25, keep_diagonal=True), VideoGrid(5, 7, 9), 5, 2),
+    "tile-first-frame": (
+        replace(BASE, token_order="tile", keep_first_frame=True, keep_diagonal=True, topk=0.2),
+        VideoGrid(6, 5, 9),
+        5,
+        1,
+    ),
+    "hilbert-window": (
+        replace(BASE, token_order="hilbert", window=1, keep_diagonal=True, topk=0.15, block_size=(32, 8)),
+        VideoGrid(5, 7, 9),
+        4,
+        1,
+    ),
+    "static-window": (replace(BASE, selector="window", window=2, keep_diagonal=True), VideoGrid(3, 11, 10), 7, 1),
+    "wide-keys": (replace(BASE, block_size=(8, 24), topk=0.4), VideoGrid(3, 9, 11), 5, 1),
+    "one-block-each": (replace(BASE, topk=0.001, block_size=(16, 32)), VideoGrid(4, 9, 9), 4, 1),
+}
+
+
+def _inputs(grid: VideoGrid, heads: int, batch: int, order: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys with structure (each frame its own direction), scaled so that attention is far from uniform."""
+    generator = torch.Generator().manual_seed(heads * 1000 + grid.num_tokens)
+    shape = (batch, grid.num_tokens, heads, 16)
+    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    frame = torch.arange(grid.num_tokens) // (grid.height * grid.width)
+    direction = torch.randn(grid.frames, heads, 16, generator=generator)
+    q, k = (x * 1.5 + direction[(frame + shift) % grid.frames] for x, shift in ((q, 0), (k, 1)))
+    permutation = torch.from_numpy(token_order(grid, order).copy())
+    return q[:, permutation], k[:, permutation], v[:, permutation]
+
+
+class _Spy(SequenceParallelStrategy):
+    """A strategy that keeps the masks it was asked to attend."""
+
+    def attend(self, attend, query, key, value, mask, metadata):  # type: ignore[no-untyped-def]
+        object.__setattr__(self, "masks", [*getattr(self, "masks", []), mask])
+        return super().attend(attend, query, key, value, mask, metadata)
+
+
+def _layer(config: SparseAttentionConfig, mesh: SequenceParallelMesh, heads: int) -> tuple[SparseAttention, _Spy]:
+    layer = SparseAttention(config, mesh, num_heads=heads, head_dim=16)
+    spy = _Spy(layer.strategy.mesh, layer.strategy.block)
+    layer.strategy = spy
+    return layer, spy
+
+
+def _single(config: SparseAttentionConfig, grid: VideoGrid, heads: int, batch: int) -> tuple[Tensor, Tensor]:
+    layer, spy = _layer(config, SequenceParallelMesh(), heads)
+    out = layer(*_inputs(grid, heads, batch, config.token_order), grid=grid)
+    return out, spy.masks[0].to_dense()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_single_device_equals_float64_dense(name: str) -> None:
+    config, grid, heads, batch = CASES[name]
+    out, mask = _single(config, grid, heads, batch)
+    q, k, v = _inputs(grid, heads, batch, config.token_order)
+    tokens = expand(mask, config.block_size, grid.num_tokens, grid.num_tokens)
+    expected, _ = masked_attention(q, k, v, tokens, 0.25)
+    same_precision, _ = masked_attention(q, k, v, tokens, 0.25, torch.float32)
+    assert_close(out, expected, relative_error(same_precision, expected))
+    assert 0 < mask.double().mean() < 0.75, "the case is dense: it would not see a wrong block"
+
+
+def _check_layer(rank: int, ulysses: int, ring: int) -> None:
+    mesh = SequenceParallelMesh(ulysses, ring)
+    for name, (config, grid, heads, batch) in CASES.items():
+        expected, expected_mask = _single(config, grid, heads, batch)
+        tensors = _inputs(grid, heads, batch, config.token_order)
+        layer, spy = _layer(config, mesh, heads)
+        for shards in (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree)):
+            first, last = shards.range_of(mesh.sequence_rank)
+            held = shards.lengths[mesh.sequence_rank]
+            # What a framework pads with is its own affair: NaN here shows if a padding token is ever attended.
+            local = [torch.full((batch, held, heads, 16), float("nan")) for _ in range(3)]
+            for mine, whole in zip(local, tensors, strict=True):
+                mine[:, : last - first] = whole[:, first:last]
+            out = layer(*local, grid=grid, shards=shards)
+            error = relative_error(out[:, : last - first], expected[:, first:last]) if last > first else 0.0
+            assert error < 2e-6, (name, shards, error)
+            assert not out[:, last - first :].any(), "padding must come back as 0"
+            ring_shards = shards.grouped(ulysses).realigned(layer.strategy.block)
+            start, stop = ring_shards.range_of(mesh.ring_rank)
+            counts = layer.strategy.heads(heads)
+            first_head = sum(counts[: mesh.ulysses_rank])
+            wanted = expected_mask[
+                :,
+                first_head : first_head + counts[mesh.ulysses_rank],
+                start // config.block_size[0] : -(-stop // config.block_size[0]),
+            ]
+            got = spy.masks[-1].to_dense()  # type: ignore[attr-defined]
+            assert torch.equal(got, wanted), (name, shards, "the mask differs")
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), MESHES)
+def test_layer_is_the_same_on_every_mesh(ulysses: int, ring: int) -> None:
+    run_ranks(ulysses * ring, _check_layer, ulysses, ring)
+
+
+def _random_mask(ring: int, heads: int, blocks: tuple[int, int], generator: torch.Generator) -> Tensor:
+    """Asymmetric, with rows that attend nothing at all, and rows that attend nothing of some shards."""
+    mask = torch.rand(1, heads, *blocks, generator=generator) < 0.25
+    mask[:, :, 1::5, : blocks[1] // 2] = False
+    mask[:, :, 2::5, blocks[1] // ring :] = False
+    mask[:, 0, 3] = False
+    return mask
+
+
+def _check_masks(rank: int, ulysses: int, ring: int) -> None:
+    mesh = SequenceParallelMesh(ulysses, ring)
+    kernel = ReferenceKernel()
+    for length, heads, block_size in ((331, 5, (16, 16)), (512, 4, (32, 16)), (450, 9, (8, 24))):
+        generator = torch.Generator().manual_seed(length)
+        q, k, v = (torch.randn(1, length, heads, 16, generator=generator) * s for s in (3.0, 3.0, 1.0))
+        blocks = -(-length // block_size[0]), -(-length // block_size[1])
+        dense = _random_mask(ring, heads, blocks, generator)
+        tokens = expand(dense, block_size, length, length)
+        expected, _ = masked_attention(q, k, v, tokens, 0.25)
+        reference_error = relative_error(masked_attention(q, k, v, tokens, 0.25, torch.float32)[0], expected)
+        strategy = SequenceParallelStrategy(mesh, block=48 if 24 in block_size else 32)
+        for shards in (
+            SequenceShards.aligned(length, strategy.block, ulysses, ring),
+            SequenceShards.equal(length, ulysses * ring),
+        ):
+            first, last = shards.range_of(mesh.sequence_rank)
+            pad = shards.lengths[mesh.sequence_rank] - (last - first)
+            local = [torch.nn.functional.pad(x[:, first:last], (0, 0, 0, 0, 0, pad)) for x in (q, k, v)]
+            ql, kl, vl, ring_shards, context = strategy.pre_attention(*local, shards)
+            start, stop = ring_shards.range_of(mesh.ring_rank)
+            counts = strategy.heads(heads)
+            first_head = sum(counts[: mesh.ulysses_rank])
+            part = dense[:, first_head : first_head + counts[mesh.ulysses_rank]]
+            part = part[:, :, start // block_size[0] : -(-stop // block_size[0])]
+            mask = BlockMask.from_dense(part, block_size, stop - start, length)
+            out = strategy.attend(lambda q, k, v, m: kernel(q, k, v, m, 0.25), ql, kl, vl, mask, ring_shards)
+            out = strategy.post_attention(out, context)[:, : last - first]
+            if last > first:
+                # A shard may hold fewer values than the whole: compare with the whole's error, on the whole's scale.
+                difference = (out.double() - expected[:, first:last]).square().mean().sqrt()
+                assert difference <= 4 * reference_error * expected.square().mean().sqrt(), (length, shards)
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), MESHES)
+def test_any_mask_is_attended_alike_on_every_mesh(ulysses: int, ring: int) -> None:
+    run_ranks(ulysses * ring, _check_masks, ulysses, ring)
