@@ -50,7 +50,7 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def load_kernel(name: str) -> Kernel:
-    """The kernel called `name`: built in, an entry point of group `sp_sparse.kernels`, or a class path `package.module:Class`.
+    """The kernel called `name`: built in, an entry point of `sp_sparse.kernels`, or a class path `package.module:Class`.
 
     Raises:
         ValueError: nothing has this name, or a class path that cannot be imported.

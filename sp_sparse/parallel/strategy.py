@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_sparse.mask import BlockMask, num_blocks
+from sp_sparse.parallel.gather import all_gather_uneven
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.ring import ring_attention
@@ -139,12 +138,7 @@ class SequenceParallelStrategy:
         if group is None:
             return summaries
         counts = [num_blocks(length, block) for length in metadata.lengths]
-        send = summaries.new_zeros(max(counts), *summaries.shape[:2], summaries.shape[3])
-        send[: summaries.shape[2]] = summaries.permute(2, 0, 1, 3)
-        everyone = send.new_empty(len(counts) * max(counts), *send.shape[1:])
-        dist.all_gather_into_tensor(everyone, send, group=group)
-        parts = [part[:count] for part, count in zip(everyone.split(max(counts)), counts, strict=True)]
-        return torch.cat(parts).permute(1, 2, 0, 3)
+        return all_gather_uneven(summaries, counts, group, dim=2)
 
     def _aligned(self, gathered: SequenceShards) -> SequenceShards:
         edges = gathered.edges[1:-1]
