@@ -177,6 +177,8 @@ class SparseAttention:
                     f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, query is {tuple(query.shape)} {query.dtype} on "
                     f"{query.device}; self-attention takes three alike"
                 )
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise ValueError("sparse attention has no backward pass; call it under torch.no_grad()")
         if not query.is_floating_point():
             raise ValueError(f"query is {query.dtype}; attention takes floating-point tensors")
         if shards.sequence_length != grid.num_tokens:

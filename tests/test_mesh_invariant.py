@@ -151,14 +151,19 @@ def _check_masks(rank: int, ulysses: int, ring: int) -> None:
             first, last = shards.range_of(mesh.sequence_rank)
             pad = shards.lengths[mesh.sequence_rank] - (last - first)
             local = [torch.nn.functional.pad(x[:, first:last], (0, 0, 0, 0, 0, pad)) for x in (q, k, v)]
-            ql, kl, vl, ring_shards, context = strategy.pre_attention(*local, shards)
+            ql, kl, vl, ring_shards, context = strategy.pre_attention(local[0], local[1], local[2], shards)
             start, stop = ring_shards.range_of(mesh.ring_rank)
             counts = strategy.heads(heads)
             first_head = sum(counts[: mesh.ulysses_rank])
             part = dense[:, first_head : first_head + counts[mesh.ulysses_rank]]
             part = part[:, :, start // block_size[0] : -(-stop // block_size[0])]
             mask = BlockMask.from_dense(part, block_size, stop - start, length)
-            out = strategy.attend(lambda q, k, v, m: kernel(q, k, v, m, 0.25), ql, kl, vl, mask, ring_shards)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
+                assert mask is not None
+                return kernel(q, k, v, mask, 0.25)
+
+            out = strategy.attend(attend, ql, kl, vl, mask, ring_shards)
             out = strategy.post_attention(out, context)[:, : last - first]
             if last > first:
                 # A shard may hold fewer values than the whole: compare with the whole's error, on the whole's scale.

@@ -108,7 +108,7 @@ def select_kernel(name: str, request: KernelRequest) -> Kernel:
         if reason is not None:
             raise ValueError(f"sparse attention backend {name!r} cannot run here: {reason}; {_remedy(request)}")
         return kernel
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for candidate in AUTO_ORDER:
         kernel = load_kernel(candidate)
         reason = why_not(kernel, request)
