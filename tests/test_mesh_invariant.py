@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from sp_sparse import BlockMask, SequenceParallelMesh, SequenceShards, SparseAttention, SparseAttentionConfig, VideoGrid
+from sp_sparse import (
+    AttentionRecorder,
+    BlockMask,
+    SequenceParallelMesh,
+    SequenceShards,
+    SparseAttention,
+    SparseAttentionConfig,
+    VideoGrid,
+)
 from sp_sparse.kernels.reference import ReferenceKernel
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.video import token_order
@@ -55,25 +63,17 @@ def _inputs(grid: VideoGrid, heads: int, batch: int, order: str) -> tuple[Tensor
     return q[:, permutation], k[:, permutation], v[:, permutation]
 
 
-class _Spy(SequenceParallelStrategy):
-    """A strategy that keeps the masks it was asked to attend."""
-
-    def attend(self, attend, query, key, value, mask, metadata):  # type: ignore[no-untyped-def]
-        object.__setattr__(self, "masks", [*getattr(self, "masks", []), mask])
-        return super().attend(attend, query, key, value, mask, metadata)
-
-
-def _layer(config: SparseAttentionConfig, mesh: SequenceParallelMesh, heads: int) -> tuple[SparseAttention, _Spy]:
-    layer = SparseAttention(config, mesh, num_heads=heads, head_dim=16)
-    spy = _Spy(layer.strategy.mesh, layer.strategy.block)
-    layer.strategy = spy
-    return layer, spy
+def _layer(
+    config: SparseAttentionConfig, mesh: SequenceParallelMesh, heads: int
+) -> tuple[SparseAttention, AttentionRecorder]:
+    recorder = AttentionRecorder(keep_masks=True)
+    return SparseAttention(config, mesh, num_heads=heads, head_dim=16, recorder=recorder), recorder
 
 
 def _single(config: SparseAttentionConfig, grid: VideoGrid, heads: int, batch: int) -> tuple[Tensor, Tensor]:
-    layer, spy = _layer(config, SequenceParallelMesh(), heads)
+    layer, recorder = _layer(config, SequenceParallelMesh(), heads)
     out = layer(*_inputs(grid, heads, batch, config.token_order), grid=grid)
-    return out, spy.masks[0].to_dense()  # type: ignore[attr-defined]
+    return out, recorder.masks[0][-1].to_dense()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,7 +93,7 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
     for name, (config, grid, heads, batch) in CASES.items():
         expected, expected_mask = _single(config, grid, heads, batch)
         tensors = _inputs(grid, heads, batch, config.token_order)
-        layer, spy = _layer(config, mesh, heads)
+        layer, recorder = _layer(config, mesh, heads)
         for shards in (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree)):
             first, last = shards.range_of(mesh.sequence_rank)
             held = shards.lengths[mesh.sequence_rank]
@@ -114,7 +114,7 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
                 first_head : first_head + counts[mesh.ulysses_rank],
                 start // config.block_size[0] : -(-stop // config.block_size[0]),
             ]
-            got = spy.masks[-1].to_dense()  # type: ignore[attr-defined]
+            got = recorder.masks[-1][-1].to_dense()
             assert torch.equal(got, wanted), (name, shards, "the mask differs")
 
 

@@ -26,13 +26,20 @@ def gather_tokens(x: Tensor, shards: SequenceShards, mesh: SequenceParallelMesh)
     return x[:, : shards.sequence_length]
 
 
+def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    """The contiguous tensors of a group's ranks, alike in shape, stacked: `[ranks, *x.shape]`."""
+    everyone = x.new_empty(dist.get_world_size(group), *x.shape)
+    # Renamed in torch 2.13, where the old name warns.
+    collective = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    collective(everyone.flatten(0, 1), x, group=group)
+    return everyone
+
+
 def all_gather_uneven(x: Tensor, lengths: Sequence[int], group: ProcessGroup, dim: int) -> Tensor:
     """Concatenate the tensors of a group's ranks along `dim`, where rank `i` brings `lengths[i]` entries."""
     longest = max(lengths)
     moved = x.movedim(dim, 0)
     send = x.new_zeros(longest, *moved.shape[1:])
     send[: moved.shape[0]] = moved
-    everyone = x.new_empty(len(lengths) * longest, *moved.shape[1:])
-    dist.all_gather_into_tensor(everyone, send, group=group)
-    parts = [part[:length] for part, length in zip(everyone.split(longest), lengths, strict=True)]
+    parts = [part[:length] for part, length in zip(all_gather(send, group), lengths, strict=True)]
     return torch.cat(parts).movedim(0, dim)

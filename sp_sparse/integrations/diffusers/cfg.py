@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from sp_sparse.parallel.gather import all_gather
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 
@@ -60,7 +60,7 @@ class BranchParallel:
         conditional, self._waiting = self._waiting, None
         assert conditional is not None  # held since the call for the conditional branch
         mine = conditional if self._mesh.cfg_rank == 0 else unconditional
-        both = mine.new_empty(2, *mine.shape)
-        dist.all_gather_into_tensor(both.flatten(0, 1), mine, group=self._mesh.cfg_group)
+        assert self._mesh.cfg_group is not None  # BranchParallel is for meshes that have one
+        both = all_gather(mine, self._mesh.cfg_group)
         conditional.copy_(both[0])
         return both[1]
