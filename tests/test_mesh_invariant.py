@@ -20,7 +20,7 @@ from sp_sparse import (
 from sp_sparse.kernels.reference import ReferenceKernel
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.video import token_order
-from tests.oracle import assert_close, expand, masked_attention, relative_error
+from tests.oracle import assert_close, block_rows, expand, masked_attention, relative_error
 from tests.ranks import run_ranks
 
 MESHES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2), (2, 4), (4, 2), (1, 8)]
@@ -112,7 +112,7 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
             wanted = expected_mask[
                 :,
                 first_head : first_head + counts[mesh.ulysses_rank],
-                start // config.block_size[0] : -(-stop // config.block_size[0]),
+                block_rows(start, stop, config.block_size[0]),
             ]
             got = recorder.masks[-1][-1].to_dense()
             assert torch.equal(got, wanted), (name, shards, "the mask differs")
@@ -156,7 +156,7 @@ def _check_masks(rank: int, ulysses: int, ring: int) -> None:
             counts = strategy.heads(heads)
             first_head = sum(counts[: mesh.ulysses_rank])
             part = dense[:, first_head : first_head + counts[mesh.ulysses_rank]]
-            part = part[:, :, start // block_size[0] : -(-stop // block_size[0])]
+            part = part[:, :, block_rows(start, stop, block_size[0])]
             mask = BlockMask.from_dense(part, block_size, stop - start, length)
 
             def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:

@@ -89,7 +89,7 @@ class SequenceParallelStrategy:
             tokens = self._group_tokens(metadata)
             group = self.mesh.ulysses_group
             tensors = tuple(gather_sequence(x, tokens, heads, group) for x in tensors)  # type: ignore[assignment]
-        aligned = self._aligned(gathered)
+        aligned = gathered.realigned(self.block)
         if aligned != gathered:
             tensors = realign(tensors, gathered, aligned, self.mesh.ring_group)  # type: ignore[assignment]
         return (*tensors, aligned, context)
@@ -124,7 +124,7 @@ class SequenceParallelStrategy:
 
     def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
         """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""
-        aligned = self._aligned(context.gathered)
+        aligned = context.gathered.realigned(self.block)
         if aligned != context.gathered:
             (out,) = realign((out,), aligned, context.gathered, self.mesh.ring_group)
         if self.mesh.ulysses_group is not None:
@@ -139,12 +139,6 @@ class SequenceParallelStrategy:
             return summaries
         counts = [num_blocks(length, block) for length in metadata.lengths]
         return all_gather_uneven(summaries, counts, group, dim=2)
-
-    def _aligned(self, gathered: SequenceShards) -> SequenceShards:
-        edges = gathered.edges[1:-1]
-        if gathered.padding == 0 and all(e % self.block == 0 or e == gathered.sequence_length for e in edges):
-            return gathered
-        return gathered.realigned(self.block)
 
     def _group_tokens(self, shards: SequenceShards) -> tuple[int, ...]:
         first = self.mesh.ring_rank * self.mesh.ulysses_degree
