@@ -96,7 +96,7 @@ def why_not(kernel: Kernel, request: KernelRequest) -> str | None:
     return reason
 
 
-def select_kernel(name: str, request: KernelRequest) -> Kernel:
+def select_kernel(name: str, request: KernelRequest, log: bool = True) -> Kernel:
     """The kernel for `request`: the one called `name`, or for `auto` the fastest that runs.
 
     Raises:
@@ -113,12 +113,9 @@ def select_kernel(name: str, request: KernelRequest) -> Kernel:
         kernel = load_kernel(candidate)
         reason = why_not(kernel, request)
         if reason is None:
-            logger.info(
-                "sparse attention backend auto: %s on %s%s",
-                candidate,
-                request.device,
-                "".join(f"; not {n}: {why}" for n, why in passed_over),
-            )
+            if log:
+                others = "".join(f"; not {other}: {why}" for other, why in passed_over)
+                logger.info("sparse attention backend auto: %s on %s%s", candidate, request.device, others)
             return kernel
         passed_over.append((candidate, reason))
     raise ValueError("no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over))
