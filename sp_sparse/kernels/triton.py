@@ -56,9 +56,9 @@ class TritonKernel:
             return out.zero_(), lse.fill_(float("-inf"))
         if out.numel() == 0:
             return out, lse
-        if scale < 0:
-            # The kernel scales a row's largest score instead of looking for the largest scaled one.
-            query, scale = -query, -scale
+        if scale <= 0:
+            # The kernel scales a row's largest score, -inf included, instead of looking for the largest scaled one.
+            query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
 
         from sp_sparse.kernels.triton_forward import attend_blocks
 
@@ -68,7 +68,8 @@ class TritonKernel:
         sources: list[Tensor] | list[TensorDescriptor] = [query, key, value]
         if tma:
             sources = [
-                _descriptor(x, size) for x, size in zip((query, key, value), (mask.block_size[0], config.tile, config.tile), strict=True)
+                _descriptor(x, size)
+                for x, size in zip((query, key, value), (mask.block_size[0], config.tile, config.tile), strict=True)
             ]
         with torch.cuda.device_of(query):
             attend_blocks[(mask.num_query_blocks, heads, batch)](

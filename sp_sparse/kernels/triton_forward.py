@@ -1,6 +1,6 @@
-"""Triton code of block-sparse attention: FlashAttention-2's online softmax (arXiv 2307.08691) over a row's list of key blocks.
+"""Triton code of block-sparse attention: FlashAttention-2's online softmax (arXiv 2307.08691) over lists of key blocks.
 
-One program attends one query block of one head. Scores are kept in units of log 2, so that `exp2` needs no further factor.
+One program attends one query block of one head. Scores are in units of log 2, so that `exp2` needs no further factor.
 This module imports triton; import it only where a kernel is launched.
 """
 
@@ -24,24 +24,23 @@ def _load_tile(
     source, batch, head, start, length, stride_token,
     TMA: tl.constexpr, RAGGED: tl.constexpr, TOKENS: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """Tokens `[start, start + TOKENS)` of one head; 0 past `length`. `source` is a descriptor, or a pointer to the head."""
+    """Tokens `[start, start + TOKENS)` of one head, 0 past `length`; `source` is a descriptor or its pointer."""
     if TMA:
         tile = source.load([batch, head, start, 0]).reshape(TOKENS, HEAD_DIM)
     else:
         tokens = tl.arange(0, TOKENS)
-        pointers = source + start.to(tl.int64) * stride_token + (tokens[:, None] * stride_token + tl.arange(0, HEAD_DIM))
-        if RAGGED:
-            tile = tl.load(pointers, mask=(start + tokens < length)[:, None], other=0.0)
-        else:
-            tile = tl.load(pointers)
+        offsets = tokens[:, None] * stride_token + tl.arange(0, HEAD_DIM)
+        pointers = source + start.to(tl.int64) * stride_token + offsets
+        inside = (start + tokens < length)[:, None]
+        tile = tl.load(pointers, mask=inside, other=0.0) if RAGGED else tl.load(pointers)
     return tile
 
 
 @triton.jit
-def _tile_start(list_start, stride, tile, KEY_BLOCK: tl.constexpr, KEY_TILE: tl.constexpr):
-    """First key of the `tile`-th tile of a list of key blocks."""
+def _tile_number(list_start, stride, step, KEY_BLOCK: tl.constexpr, KEY_TILE: tl.constexpr):
+    """The `step`-th tile of a list of key blocks, counted from the first key."""
     tiles: tl.constexpr = KEY_BLOCK // KEY_TILE
-    return tl.load(list_start + tile // tiles * stride) * KEY_BLOCK + tile % tiles * KEY_TILE
+    return tl.load(list_start + step // tiles * stride) * tiles + step % tiles
 
 
 @triton.jit
@@ -96,20 +95,27 @@ def attend_blocks(
     sums = tl.zeros([QUERY_BLOCK, HEAD_DIM], tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     top = tl.full([QUERY_BLOCK], float("-inf"), tl.float32)
-    # A tile's start is read one step ahead, so that its loads need not wait for it.
-    start = _tile_start(list_start, indices_slot, 0, KEY_BLOCK, KEY_TILE)
-    for tile in range(0, tl.where(short, last, count) * tiles):
-        next_start = _tile_start(list_start, indices_slot, tl.minimum(tile + 1, last * tiles + tiles - 1), KEY_BLOCK, KEY_TILE)
+
+    steps = tl.where(short, last, count) * tiles
+    last_step = last * tiles + tiles - 1
+    # A tile's number is read two steps before it is attended, so that its loads, one step before, need not wait for it.
+    start = _tile_number(list_start, indices_slot, 0, KEY_BLOCK, KEY_TILE) * KEY_TILE
+    next_tile = _tile_number(list_start, indices_slot, tl.minimum(1, last_step), KEY_BLOCK, KEY_TILE)
+    for step in range(0, steps):
+        later = _tile_number(list_start, indices_slot, tl.minimum(step + 2, last_step), KEY_BLOCK, KEY_TILE)
         sums, total, top = _attend_tile(
             q, sums, total, top, key, value, batch, head, start, key_length, key_token, value_token, scale,
             TMA, False, KEY_TILE, HEAD_DIM,
         )  # fmt: skip
-        start = next_start
+        # Triton pipelines a loop only if no value passes through two iterations unchanged: hence numbers and starts.
+        start = next_tile * KEY_TILE
+        next_tile = later
     if short:
-        for tile in tl.static_range(tiles):
+        for part in tl.static_range(tiles):
+            first_key = last_start + part * KEY_TILE
             sums, total, top = _attend_tile(
-                q, sums, total, top, key, value, batch, head, last_start + tile * KEY_TILE, key_length, key_token,
-                value_token, scale, TMA, True, KEY_TILE, HEAD_DIM,
+                q, sums, total, top, key, value, batch, head, first_key, key_length, key_token, value_token, scale,
+                TMA, True, KEY_TILE, HEAD_DIM,
             )  # fmt: skip
 
     queries = first_query + tl.arange(0, QUERY_BLOCK)

@@ -1,4 +1,4 @@
-"""`block_means` of selection/summaries.py in Triton: one pass over the tokens, the same bits as its torch definition."""
+"""`block_means` of selection/summaries.py in Triton: one pass over the tokens, the same bits as in torch."""
 
 from __future__ import annotations
 

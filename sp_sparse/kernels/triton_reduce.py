@@ -19,8 +19,8 @@ def mean_blocks(
 ):  # fmt: skip
     """The mean of one block of one head: program `block * heads + head` of batch `program_id(1)`.
 
-    x: `[B, S, H, D]`; means: fp32, contiguous `[B, H, N, D]`. A full block's values enter as integers of `BITS` bits and
-    its sum is multiplied by `RECIPROCAL`; the last block, which may be short, has its own two.
+    x: `[B, S, H, D]`; means: fp32, contiguous `[B, H, N, D]`. A full block's values enter as integers of `BITS`
+    bits and its sum is multiplied by `RECIPROCAL`; the last block, which may be short, has its own two.
     """
     head, block = tl.program_id(0) % heads, tl.program_id(0) // heads
     batch = tl.program_id(1).to(tl.int64)
@@ -35,8 +35,8 @@ def mean_blocks(
     exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 126, -100)
     short = block == blocks - 1
     bits = tl.where(short, last_bits, BITS)
-    # Adding 2^23 to a smaller number that is not negative rounds it, half to even, to an integer in its lowest bits. The
-    # product is exact, so that fusing it with the addition changes nothing.
+    # Adding 2^23 to a smaller number that is not negative rounds it, half to even, to an integer in its lowest bits.
+    # The product is exact, so that fusing it with the addition changes nothing.
     biased = tl.abs(tile) * _power_of_two(bits - exponent) + 8388608.0
     fixed = biased.to(tl.int32, bitcast=True) - 0x4B000000
     total = tl.sum(tl.where(tile < 0, -fixed, fixed), 0)
