@@ -78,6 +78,7 @@ class TritonKernel:
                 *mask.indices.stride(), *mask.counts.stride(), query_length, key.shape[1], scale * _LOG2_E,
                 TMA=tma, QUERY_BLOCK=mask.block_size[0], KEY_BLOCK=mask.block_size[1], HEAD_DIM=head_dim,
                 KEY_TILE=config.tile, num_warps=config.warps, num_stages=config.stages, maxnreg=config.registers,
+                enable_fp_fusion=True,
             )  # fmt: skip
         return out, lse
 

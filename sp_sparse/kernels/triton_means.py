@@ -44,7 +44,7 @@ def block_means_triton(x: Tensor, block_size: int) -> Tensor:
         mean_blocks[(heads * blocks, batch)](
             x, means, *x.stride()[:3], length, heads, blocks, _bits(last), 1 / last,
             BLOCK=block_size, BITS=_bits(block_size), RECIPROCAL=1 / block_size, HEAD_DIM=head_dim,
-            num_warps=max(1, block_size * head_dim // 4096),
+            num_warps=max(1, block_size * head_dim // 4096), enable_fp_fusion=True,
         )  # fmt: skip
     return means
 
