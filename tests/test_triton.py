@@ -53,7 +53,7 @@ def assert_same_bits(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Ten
 def test_under_the_interpreter() -> None:
     here = Path(__file__).parent
     command = [sys.executable, "-m", "pytest", "-q", "-rs", str(here / "triton_interpreted.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
     if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
         pytest.skip(done.stdout.strip()[-500:])
@@ -168,12 +168,14 @@ def test_offsets_past_32_bits(tma: bool) -> None:
     if torch.cuda.mem_get_info()[0] < 16 << 30:
         pytest.skip("needs 16 GB of free GPU memory")
     problem = random_problem((128, 128), 128, torch.bfloat16, "cuda", (150, 300), heads=1)
-    # Tokens 2^23 elements apart, the batches 2^31: both products leave 32 bits.
-    buffer = torch.empty((1 << 31) + 300 * (1 << 23) + 3 * 128, dtype=torch.bfloat16, device="cuda")
+    # Tokens lie 2^23 elements apart and batches more than 2^31, so that both products leave 32 bits; half a token's
+    # distance keeps the batches from overlapping.
+    token, batch = 1 << 23, (1 << 31) + (1 << 22)
+    buffer = torch.empty(batch + 300 * token, dtype=torch.bfloat16, device="cuda")
     offsets = iter((0, 128, 256))
 
     def spread(x: Tensor) -> Tensor:
-        return buffer.as_strided(x.shape, (1 << 31, 1 << 23, 128, 1), next(offsets)).copy_(x)
+        return buffer.as_strided(x.shape, (batch, token, 128, 1), next(offsets)).copy_(x)
 
     assert_same_bits(attend(problem.change(spread), TritonKernel(tma)), attend(problem, TritonKernel(tma)))
 

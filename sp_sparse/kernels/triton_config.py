@@ -27,22 +27,22 @@ class LaunchConfig:
 _HOPPER_TMA = {
     (128, 128, 128): LaunchConfig(64, 8, 2, 128),
     (128, 64, 128): LaunchConfig(64, 8, 2, 128),
-    (64, 64, 128): LaunchConfig(64, 4, 2),
-    (64, 128, 128): LaunchConfig(64, 4, 2),
-    (128, 128, 64): LaunchConfig(64, 8, 2),
-    (128, 64, 64): LaunchConfig(64, 8, 2),
+    (64, 64, 128): LaunchConfig(64, 4, 3),
+    (64, 128, 128): LaunchConfig(64, 4, 3),
+    (128, 128, 64): LaunchConfig(128, 8, 2, 128),
+    (128, 64, 64): LaunchConfig(64, 8, 3),
     (64, 64, 64): LaunchConfig(64, 4, 2),
-    (64, 128, 64): LaunchConfig(64, 4, 2),
+    (64, 128, 64): LaunchConfig(128, 4, 2),
 }
 _HOPPER_POINTERS = {
     (128, 128, 128): LaunchConfig(128, 8, 2),
-    (128, 64, 128): LaunchConfig(64, 8, 2),
-    (64, 64, 128): LaunchConfig(64, 4, 2),
-    (64, 128, 128): LaunchConfig(64, 4, 2),
-    (128, 128, 64): LaunchConfig(64, 8, 2),
-    (128, 64, 64): LaunchConfig(64, 8, 2),
-    (64, 64, 64): LaunchConfig(64, 4, 2),
-    (64, 128, 64): LaunchConfig(64, 4, 2),
+    (128, 64, 128): LaunchConfig(64, 8, 3),
+    (64, 64, 128): LaunchConfig(64, 4, 3),
+    (64, 128, 128): LaunchConfig(64, 4, 3),
+    (128, 128, 64): LaunchConfig(128, 8, 2, 128),
+    (128, 64, 64): LaunchConfig(64, 8, 3),
+    (64, 64, 64): LaunchConfig(64, 4, 3),
+    (64, 128, 64): LaunchConfig(64, 4, 3),
 }
 
 
