@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from triton_means_cases import CASES, make_tokens
-from triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem, to_device
 
 from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.kernels.triton_means import block_means_triton, runs
 from sp_sparse.mask import BlockMask
 from sp_sparse.selection.summaries import block_means_torch
+from tests.triton_means_cases import CASES, make_tokens
+from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem, to_device
 
 BLOCK_SIZES = TritonKernel.info.block_sizes
 DTYPES = TritonKernel.info.dtypes

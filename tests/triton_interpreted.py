@@ -9,12 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from triton_means_cases import CASES, make_tokens
-from triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem
 
 from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.kernels.triton_means import block_means_triton, runs
 from sp_sparse.selection.summaries import block_means_torch
+from tests.triton_means_cases import CASES, make_tokens
+from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem
 
 try:
     _tiny = random_problem((64, 64), 64, torch.float16, "cpu", (10, 10), batch=1, heads=1)
