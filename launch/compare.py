@@ -52,7 +52,7 @@ def _differences(job: dict[str, Any], reference: dict[str, Any]) -> tuple[float,
     return max(latents), max(frames)
 
 
-def _read_frames(path: str) -> np.ndarray[Any, np.dtype[np.float32]]:
+def _read_frames(path: str) -> np.ndarray[Any, Any]:
     import imageio.v3
 
     return imageio.v3.imread(path, plugin="FFMPEG").astype(np.float32) / 255
