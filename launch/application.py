@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import traceback
@@ -58,9 +59,12 @@ def _tell(text: str) -> None:
 
 
 def _be_quiet(first: bool) -> None:
-    """Leave progress and warnings to rank 0."""
+    """Leave progress, logs and warnings to rank 0."""
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if not first:
+    if first:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("sp_sparse").setLevel(logging.INFO)  # which kernel `auto` chose
+    else:
         warnings.simplefilter("ignore")
         os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

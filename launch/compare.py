@@ -59,8 +59,8 @@ def _read_frames(path: str) -> np.ndarray[Any, Any]:
 
 
 def _row(job: dict[str, Any], latents: float, frames: float) -> tuple[str, ...]:
-    attention = job["attention"] or {"calls_of_rank_0": {}, "mean_density": 1.0}
-    kernels = [kernel for kernel in attention["calls_of_rank_0"] if kernel != "dense"]
+    attention = job["attention"] or {"calls": {}, "mean_density": 1.0}
+    kernels = [kernel for kernel in attention["calls"] if kernel != "dense"]
     return (
         _mesh(job),
         str(job["ranks"]),

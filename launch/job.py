@@ -48,7 +48,7 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
         told.append(maker.save(videos[-1], number, stages))
     attention = attention_report(arguments.sparse, recorder, mesh)
     if attention is not None:
-        calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls_of_rank_0"].items())
+        calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
         ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
     handle.remove()
     verified = _verify(maker, videos)
@@ -87,6 +87,8 @@ def _attach(
 ) -> tuple[SequenceParallelMesh, SparseWan]:
     mesh = SequenceParallelMesh(arguments.ulysses_degree, arguments.ring_degree, arguments.cfg_parallel_degree)
     handle = enable_sparse_attention(pipe, arguments.sparse, mesh, recorder)
+    for layer in handle.layers:
+        layer.kernel_for(pipe.transformer.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)
     for transformer in transformers_of(pipe):
         if arguments.sparse.backend == "none" and mesh.sequence_degree > 1:
             _enable_diffusers_parallelism(transformer, mesh)

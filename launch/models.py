@@ -135,7 +135,7 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
 
         pipeline = getattr(diffusers, class_name)
         # The VAE in float32, as the model's authors run it.
-        return pipeline.from_pretrained(arguments.model, torch_dtype={"default": dtype, "vae": torch.float32})
+        return pipeline.from_pretrained(arguments.model, dtype={"default": dtype, "vae": torch.float32})
 
     return WanModel(_TI2V if per_token else _A14B, from_image, False, _large_dtype(device), load)
 

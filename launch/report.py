@@ -57,13 +57,16 @@ def job_report(
 def attention_report(
     config: SparseAttentionConfig, recorder: AttentionRecorder, mesh: SequenceParallelMesh
 ) -> dict[str, Any] | None:
-    """What sparse attention did over all ranks, measured from its masks; None where it was off. A collective call."""
+    """What sparse attention did, measured from its masks; None where it was off. A collective call.
+
+    `calls` are those of this rank; the rest is over all ranks.
+    """
     if config.backend == "none":
         return None
     summary = recorder.summary(mesh)
     densities = summary["densities"]
     return {
-        "calls_of_rank_0": summary["calls"],
+        "calls": summary["calls"],
         "dense_calls": sum(place["dense_calls"] for place in densities),
         # Every (expert, layer, step) attends equally many pairs when dense.
         "mean_density": sum(place["density"] for place in densities) / len(densities),
