@@ -55,6 +55,7 @@ class GenerateArguments:
     flow_shift: float | None = _option(None, "shift of the noise schedule", float)
     output: str | None = _option(None, "video, .mp4 (default: outputs/<model>_u<U>_r<R>_<topk>_<seed>.mp4)")
     output_latents: str | None = _option(None, "final latents too, .pt")
+    output_frames: str | None = _option(None, "frames too, as they are before the video codec, .pt")
     report: str | None = _option(None, "what ran, .json (default: beside the video)")
     ulysses_degree: int = _option(1, "ranks that split the heads", int)
     ring_degree: int = _option(1, "ranks that pass keys and values around", int)
@@ -83,7 +84,12 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         self._check_numbers()
         self._check_combinations()
-        for name, suffix in (("output", ".mp4"), ("output_latents", ".pt"), ("report", ".json")):
+        for name, suffix in (
+            ("output", ".mp4"),
+            ("output_latents", ".pt"),
+            ("output_frames", ".pt"),
+            ("report", ".json"),
+        ):
             value = getattr(self, name)
             if value is not None and Path(value).suffix != suffix:
                 raise ValueError(f"{_flag(name)} {value} must end in {suffix}")
@@ -140,6 +146,11 @@ class GenerateArguments:
         model = Path(os.path.normpath(self.model)).name
         density = "dense" if self.sparse.backend == "none" else f"topk{self.sparse.topk:g}"
         return Path("outputs", f"{model}_u{self.ulysses_degree}_r{self.ring_degree}_{density}_{self.seed}.mp4")
+
+    def tensor_paths(self) -> dict[str, Path]:
+        """Where latents and frames go, by the names of their flags; those that are not wanted are absent."""
+        given = {name: getattr(self, name) for name in ("output_latents", "output_frames")}
+        return {name: Path(path) for name, path in given.items() if path is not None}
 
     def report_path(self) -> Path:
         return self.output_path().with_suffix(".json") if self.report is None else Path(self.report)

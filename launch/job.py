@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 from launch.arguments import GenerateArguments
@@ -76,8 +75,7 @@ def _check(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
         load_kernel(arguments.sparse.backend)
     model = find_model(arguments, ranks.device)
     if ranks.first:
-        latents = [] if arguments.output_latents is None else [Path(arguments.output_latents)]
-        for path in (arguments.output_path(), arguments.report_path(), *latents):
+        for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
             check_writable(path)
     return model
 

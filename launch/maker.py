@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,14 +66,14 @@ class VideoMaker:
         told["step_seconds"] = video.step_seconds
         if not video.finite:
             self.ranks.say(f"warning: the latents of {path} are not finite; try --dtype float32")
+        tensors = {"output_latents": video.latents, "output_frames": video.frames}
+        tensor_paths = {name: numbered(p, number, count) for name, p in arguments.tensor_paths().items()}
         if video.frames is not None:
             with stages.measure("save"):
                 save_video(video.frames, path, arguments.fps or 16)
-        if arguments.output_latents is not None:
-            latents_path = numbered(Path(arguments.output_latents), number, count)
-            told["output_latents"] = str(latents_path)
-            if self.ranks.first:
-                with whole_file(latents_path) as temporary:
-                    torch.save(video.latents, temporary)
+                for name, tensor_path in tensor_paths.items():
+                    with whole_file(tensor_path) as temporary:
+                        torch.save(tensors[name], temporary)
+        told |= {name: str(tensor_path) for name, tensor_path in tensor_paths.items()}
         self.ranks.say(f"video: {path}")
         return told

@@ -15,6 +15,7 @@ else
     gpus=0
     tolerance=1e-4
     export OMP_NUM_THREADS=1
+    echo "no NVIDIA GPU: ranks are processes on the CPU"
 fi
 
 case "$gpus" in
@@ -35,8 +36,9 @@ for mesh in "${meshes[@]}"; do
     # The log is shown if the job fails.
     .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$((ulysses * ring))" launch/generate.py \
         --model tiny --num-inference-steps 8 --ulysses-degree "$ulysses" --ring-degree "$ring" \
-        --sparse-attn-backend auto --sparse-attn-topk 0.3 --sparse-attn-token-order tile \
-        --output "$name.mp4" --output-latents "$name.pt" >"$name.log" 2>&1 || { cat "$name.log" >&2; exit 1; }
+        --sparse-attn-backend auto --sparse-attn-topk 0.3 --sparse-attn-schedule constant --sparse-attn-token-order tile \
+        --output "$name.mp4" --output-latents "${name}_latents.pt" --output-frames "${name}_frames.pt" \
+        >"$name.log" 2>&1 || { cat "$name.log" >&2; exit 1; }
     reports+=("$name.json")
 done
 

@@ -106,7 +106,8 @@ def test_two_ranks(tmp_path: Path, degrees: list[str], against: str, tolerance: 
 
 def test_four_ranks_equal_one_and_the_comparison_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def flags(name: str) -> list[str]:
-        return [*SPARSE, "--output", str(tmp_path / f"{name}.mp4"), "--output-latents", str(tmp_path / f"{name}.pt")]
+        tensors = [f"--output-{kind}={tmp_path / name}-{kind}.pt" for kind in ("latents", "frames")]
+        return [*SPARSE, "--output", str(tmp_path / f"{name}.mp4"), *tensors]
 
     run_ranks(4, _rank_generates, [*flags("four"), "--ulysses-degree", "2", "--ring-degree", "2"], 0)
     assert main(flags("one")) == 0
