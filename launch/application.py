@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Sequence
 
 from launch.arguments import GenerateArguments, parse_arguments
-from launch.ranks import USER_ERRORS, ToldError, is_lost_rank, rank_from_environment, start_ranks
+from launch.ranks import USER_ERRORS, RefusedError, is_lost_rank, rank_from_environment, start_ranks
+
+_PATIENCE_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -19,20 +22,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if `--verify` failed or another rank stopped; 2 for an error of the user's.
     """
+    rank = rank_from_environment()
     try:
         arguments = parse_arguments(argv)
     except (ValueError, OSError) as error:
-        if rank_from_environment() == 0:  # the ranks have the same arguments, or else rank 0 goes on to say so
-            _tell(str(error))
+        if rank != 0:
+            # Rank 0 has the same arguments, fails alike and is followed by torchrun stopping this one: no need to repeat.
+            time.sleep(_PATIENCE_S)
+        _tell(str(error))
         return 2
-    _be_quiet(rank_from_environment() == 0)
+    _be_quiet(rank == 0)
     try:
         from launch.job import generate  # here, for diffusers reads the environment when it is imported
 
         with start_ranks(arguments.device, arguments.timeout_s) as ranks:
-            return generate(arguments, ranks)
-    except ToldError:
-        return 2
+            try:
+                return generate(arguments, ranks)
+            except RefusedError as refused:
+                # Leaving the block waits for all ranks: torchrun stops those that have not spoken when one has left.
+                if refused.speaks:
+                    _report_error(refused, arguments)
+                return 2
     except KeyboardInterrupt:
         return 130
     except USER_ERRORS as error:

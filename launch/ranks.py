@@ -20,8 +20,16 @@ T = TypeVar("T")
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
 
 
-class ToldError(Exception):
-    """A failure that rank 0 reports, so that this rank need not."""
+class RefusedError(Exception):
+    """Something was refused, and every rank knows it.
+
+    Attributes:
+        speaks: whether this rank is to report it; one that would only repeat rank 0 is not.
+    """
+
+    def __init__(self, text: str, speaks: bool) -> None:
+        super().__init__(text)
+        self.speaks = speaks
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,11 @@ class Ranks:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """Do something on every rank that may be refused; if one rank fails, all of them do. A collective call."""
+        """Do something on every rank that may be refused; if one rank fails, all of them do. A collective call.
+
+        Raises:
+            RefusedError: it failed on some rank.
+        """
         error: Exception | None = None
         try:
             result = action()
@@ -69,14 +81,16 @@ class Ranks:
         first = next((rank for rank, text in enumerate(failures) if text is not None), None)
         if first is None:
             return result
-        if error is not None and (self.first or str(error) != failures[0]):
-            raise error
-        if self.first:
-            raise RuntimeError(f"rank {first}: {failures[first]}")
-        raise ToldError(failures[first])
+        if error is not None:
+            raise RefusedError(str(error), speaks=self.first or str(error) != failures[0]) from error
+        raise RefusedError(f"rank {first}: {failures[first]}", speaks=self.first)
 
     def check_same(self, names: tuple[str, ...], values: tuple[object, ...]) -> None:
-        """Fail on every rank if the ranks hold different values of something. A collective call."""
+        """Fail on every rank if the ranks hold different values of something. A collective call.
+
+        Raises:
+            RefusedError: with what differs, and each rank's value of it.
+        """
         every = self.gather(tuple(map(repr, values)))
         differing = [
             f"{name} ({', '.join(f'rank {rank}: {texts[place]}' for rank, texts in enumerate(every))})"
@@ -84,7 +98,8 @@ class Ranks:
             if len({texts[place] for texts in every}) > 1
         ]
         if differing:
-            raise ValueError(f"ranks differ in {'; '.join(differing)}; start every rank with the same arguments")
+            text = f"ranks differ in {'; '.join(differing)}; start every rank with the same arguments"
+            raise RefusedError(text, speaks=True)
 
 
 def rank_from_environment() -> int:
@@ -161,8 +176,8 @@ def _speak_when_stopped(rank: int) -> None:
     def wait() -> None:
         while signal.SIGTERM not in os.read(reader, 16):
             pass
-        print(f"error: rank {rank} was stopped (SIGTERM): a rank stopped, or the job was cancelled", file=sys.stderr)
-        sys.stderr.flush()
+        text = "a rank stopped, or the job was cancelled (SIGTERM); see the first error of the other ranks"
+        print(f"rank {rank}: error: {text}", file=sys.stderr, flush=True)
         os._exit(1)
 
     threading.Thread(target=wait, name="stop-signal", daemon=True).start()

@@ -280,6 +280,13 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert (tmp_path / "outputs" / "tiny_u1_r2_topk0.3_0.mp4").exists()
 
 
+def test_a_wrong_flag_is_told_once_under_torchrun(tmp_path: Path) -> None:
+    command = _torchrun(2, "--no-such-flag")
+    done = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert done.stderr.count("error: unrecognized arguments: --no-such-flag") == 1
+
+
 def test_a_rank_that_dies_stops_the_others(tmp_path: Path) -> None:
     flags = [*SPARSE, "--ulysses-degree", "2", "--num-inference-steps", "100000", "--timeout-s", "20"]
     log = tmp_path / "log"
@@ -292,7 +299,7 @@ def test_a_rank_that_dies_stops_the_others(tmp_path: Path) -> None:
         finally:
             job.kill()
     text = log.read_text()
-    assert "error: a rank stopped or did not answer within 20 s" in text or "error: rank 0 was stopped" in text
+    assert "error: a rank stopped or did not answer within 20 s" in text or "rank 0: error: a rank stopped" in text
     assert not list(tmp_path.rglob("*.mp4"))
     assert not list(tmp_path.rglob("*.json"))
 
