@@ -134,8 +134,10 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
         import diffusers
 
         pipeline = getattr(diffusers, class_name)
-        # The VAE in float32, as the model's authors run it.
-        return pipeline.from_pretrained(arguments.model, dtype={"default": dtype, "vae": torch.float32})
+        # The VAE in float32, as the model's authors run it; straight to the device, since the CPU memory of a machine
+        # does not hold the weights once a rank.
+        dtypes = {"default": dtype, "vae": torch.float32}
+        return pipeline.from_pretrained(arguments.model, dtype=dtypes, device_map=device.type)
 
     return WanModel(_TI2V if per_token else _A14B, from_image, False, _large_dtype(device), load)
 
