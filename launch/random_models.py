@@ -68,6 +68,12 @@ def random_a14b(layers: int, device: torch.device, dtype: torch.dtype) -> Any:
     return WanPipeline(**parts, **experts, vae=_vae_16(), boundary_ratio=0.875)
 
 
+def random_a14b_transformer(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
+    """One A14B expert in full width but for what is `changed` of its configuration, made on `device`: for measuring."""
+    with torch.device(device):
+        return _transformer(1, dtype, num_layers=layers, **{**_A14B, **changed})
+
+
 def _experts(dtype: torch.dtype, **config: Any) -> dict[str, Any]:
     return {"transformer": _transformer(1, dtype, **config), "transformer_2": _transformer(2, dtype, **config)}
 

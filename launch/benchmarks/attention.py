@@ -1,0 +1,158 @@
+"""`benchmark attention`: the layer on one rank and on meshes, against dense attention, and where its time goes."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from launch.benchmarks.arguments import AttentionArguments
+from launch.benchmarks.baselines import Dense, dense_baselines
+from launch.benchmarks.breakdown import measure_breakdown
+from launch.benchmarks.inputs import random_inputs
+from launch.benchmarks.results import Measurement, speedup
+from launch.benchmarks.session import Session, free_memory
+from launch.benchmarks.timing import Timer
+from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
+from sp_sparse.parallel.shards import SequenceShards
+
+Inputs = tuple[Tensor, Tensor, Tensor]
+
+
+def measure_attention(session: Session, arguments: AttentionArguments) -> None:
+    """Every grid: dense attention on one rank, then every mesh, backend and density. A collective call.
+
+    What needs one rank runs on all of them at once, each on its own device; the slowest counts.
+    """
+    ranks = session.ranks
+    meshes = [
+        SequenceParallelMesh(u, r) if u * r > 1 else SequenceParallelMesh() for u, r in arguments.meshes_of(ranks.world)
+    ]
+    for grid in arguments.grids:
+        _GridBenchmark(session, arguments, grid).measure(meshes)
+
+
+class _GridBenchmark:
+    """The measurements of one grid, and those among them that others are compared with."""
+
+    def __init__(self, session: Session, arguments: AttentionArguments, grid: VideoGrid) -> None:
+        self._session, self._arguments, self._grid = session, arguments, grid
+        self._timer = Timer(session.ranks, arguments.warmup, arguments.repeat)
+        self._one_rank_dense: Measurement | None = None
+        # (backend, density) -> on one rank
+        self._one_rank: dict[tuple[str, float], Measurement] = {}
+
+    def measure(self, meshes: list[SequenceParallelMesh]) -> None:
+        for mesh in meshes:
+            free_memory()
+            inputs = self._inputs(mesh)
+            if mesh.sequence_degree == 1:
+                self._measure_baselines(inputs)
+            dense = self._measure_layer(mesh, inputs, "auto", 1.0, self._one_rank_dense)
+            # One rank has a stronger baseline than the layer's own dense attention.
+            baseline = self._one_rank_dense if mesh.sequence_degree == 1 else dense
+            for backend, density in self._arguments.runs():
+                if density < 1.0:
+                    self._measure_layer(mesh, inputs, backend, density, baseline)
+
+    def _inputs(self, mesh: SequenceParallelMesh) -> list[Inputs]:
+        """This rank's shard, several times; ranks need not agree on the rest of the sequence."""
+        ranks, arguments = self._session.ranks, self._arguments
+        block = math.lcm(*arguments.block_size)
+        cut = SequenceShards.aligned(self._grid.num_tokens, block, mesh.ulysses_degree, mesh.ring_degree)
+        first, last = cut.range_of(mesh.sequence_rank)
+        shape = (1, last - first, arguments.heads, arguments.head_dim)
+        dtype: torch.dtype = getattr(torch, arguments.dtype)
+        return [random_inputs(shape, dtype, ranks.device, ranks.rank + n) for n in range(arguments.input_sets)]
+
+    def _measure_baselines(self, inputs: list[Inputs]) -> None:
+        for name, dense in dense_baselines(self._session.ranks.device).items():
+            measured = self._session.measure(
+                f"{name} {self._grid.num_tokens} tokens", partial(self._baseline, name, dense, inputs)
+            )
+            self._one_rank_dense = self._one_rank_dense or measured
+
+    def _baseline(self, name: str, dense: Dense, inputs: list[Inputs]) -> Measurement:
+        times = self._timer(lambda number: dense(*inputs[number % len(inputs)]))
+        first = self._one_rank_dense
+        against, gain = (None, None) if first is None else (first.kernel, speedup(first, times))
+        return Measurement(
+            "attention", 1, 1, 1, self._grid.num_tokens, self._arguments.heads, self._arguments.head_dim, 1.0, name, times,
+            self._tflops(1.0, times.median), against, gain, {"implementation": "dense"},
+        )  # fmt: skip
+
+    def _measure_layer(
+        self,
+        mesh: SequenceParallelMesh,
+        inputs: list[Inputs],
+        backend: str,
+        density: float,
+        baseline: Measurement | None,
+    ) -> Measurement | None:
+        measured = self._session.measure(
+            f"layer {mesh.ulysses_degree}x{mesh.ring_degree} {backend} {self._grid.num_tokens} tokens, density {density:g}",
+            lambda: self._layer_measurement(mesh, inputs, backend, density, baseline),
+        )
+        if measured is not None and mesh.sequence_degree == 1:
+            self._one_rank[backend, density] = measured
+        return measured
+
+    def _layer_measurement(
+        self,
+        mesh: SequenceParallelMesh,
+        inputs: list[Inputs],
+        backend: str,
+        density: float,
+        baseline: Measurement | None,
+    ) -> Measurement:
+        recorder = AttentionRecorder()
+        self._layer(mesh, backend, density, recorder)(*inputs[0], grid=self._grid)
+        summary = recorder.summary(mesh)
+        kernel, measured_density = next(iter(summary["calls"])), summary["densities"][0]["density"]
+        layer = self._layer(mesh, backend, density)
+        times = self._timer(lambda number: layer(*inputs[number % len(inputs)], grid=self._grid))
+        extra: dict[str, object] = {"implementation": "layer", "backend": backend, "density_asked": density}
+        extra["block_size"] = "{}x{}".format(*self._arguments.block_size)
+        alone, gpus = self._one_rank.get((backend, density)), mesh.sequence_degree
+        if gpus > 1:
+            extra["speedup_one_gpu_dense"] = _rounded(speedup(self._one_rank_dense, times))
+            gain = speedup(alone, times)
+            extra["parallel_efficiency"] = _rounded(None if gain is None else gain / gpus)
+        if density < 1.0:
+            parts = measure_breakdown(layer, inputs[0], self._grid, density, self._timer)
+            extra |= parts.to_json(times.median, mesh.ring_degree > 1)
+        # On a mesh the layer's own dense attention is the baseline of the others.
+        own_baseline = gpus > 1 and density >= 1.0
+        return Measurement(
+            "attention", gpus, mesh.ulysses_degree, mesh.ring_degree, self._grid.num_tokens, self._arguments.heads,
+            self._arguments.head_dim, measured_density, kernel, times, self._tflops(measured_density, times.median),
+            None if baseline is None or own_baseline else _name(baseline),
+            None if own_baseline else speedup(baseline, times), extra,
+        )  # fmt: skip
+
+    def _layer(
+        self, mesh: SequenceParallelMesh, backend: str, density: float, recorder: AttentionRecorder | None = None
+    ) -> SparseAttention:
+        arguments = self._arguments
+        config = SparseAttentionConfig(
+            backend=backend,
+            topk=density,
+            schedule="constant",
+            token_order=arguments.token_order,
+            block_size=arguments.block_size,
+        )
+        return SparseAttention(config, mesh, num_heads=arguments.heads, head_dim=arguments.head_dim, recorder=recorder)
+
+    def _tflops(self, density: float, milliseconds: float) -> float:
+        pairs = density * self._arguments.heads * self._grid.num_tokens**2
+        return 4 * self._arguments.head_dim * pairs / milliseconds / 1e9
+
+
+def _name(baseline: Measurement) -> str:
+    return baseline.kernel if baseline.gpus == 1 else f"dense {baseline.ulysses}x{baseline.ring}"
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else round(value, 3)

@@ -1,0 +1,116 @@
+"""The command: from its arguments to its exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import fields
+
+import torch
+
+from launch.benchmarks.arguments import (
+    AttentionArguments,
+    PlotArguments,
+    RunArguments,
+    TransformerArguments,
+    parse_arguments,
+)
+from launch.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
+
+_PATIENCE_S = 5.0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure, or draw what was measured.
+
+    Returns:
+        0; 1 if a measurement failed; 2 for an error of the user's.
+    """
+    given = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if given[:1] == ["kernels"]:
+            return _kernels(given[1:])
+        arguments = parse_arguments(given)
+        if isinstance(arguments, PlotArguments):
+            return _plot(arguments)
+    except USER_ERRORS as error:
+        if rank_from_environment() != 0:
+            time.sleep(_PATIENCE_S)  # rank 0 says the same, and torchrun then stops this one
+        else:
+            _tell(str(error))
+        return 2
+    return _run(arguments)
+
+
+def _run(arguments: RunArguments) -> int:
+    _be_quiet(rank_from_environment() == 0)
+    try:
+        with start_ranks(arguments.device, arguments.timeout_s) as ranks, torch.no_grad():
+            try:
+                return _measure(arguments, ranks)
+            except RefusedError as refused:
+                if refused.speaks:
+                    _tell(str(refused))
+                return 2
+    except KeyboardInterrupt:
+        return 130
+    except USER_ERRORS as error:
+        _tell(str(error))
+        return 2
+
+
+def _measure(arguments: RunArguments, ranks: Ranks) -> int:
+    from launch.benchmarks.session import Session
+
+    names = tuple(option.name for option in fields(arguments))
+    ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
+    ranks.together(lambda: arguments.check(ranks.world))
+    session = ranks.together(lambda: Session(ranks, arguments.output, arguments.time_limit_s))
+    try:
+        if isinstance(arguments, AttentionArguments):
+            from launch.benchmarks.attention import measure_attention
+
+            measure_attention(session, arguments)
+        elif isinstance(arguments, TransformerArguments):
+            from launch.benchmarks.transformer import measure_transformer
+
+            measure_transformer(session, arguments)
+    except BaseException:
+        session.finish()  # what there is
+        raise
+    return session.finish()
+
+
+def _kernels(flags: list[str]) -> int:
+    from launch import benchmark_kernels
+
+    if not torch.cuda.is_available() and not {"-h", "--help"} & set(flags):
+        raise ValueError("kernels are measured on a GPU, and none is visible here; run this on a machine with one")
+    sys.argv = ["benchmark.py kernels", *flags]
+    benchmark_kernels.main()
+    return 0
+
+
+def _plot(arguments: PlotArguments) -> int:
+    from launch.benchmarks.plot import draw
+
+    for path in draw(arguments.results, arguments.output_dir):
+        print(path)
+    return 0
+
+
+def _be_quiet(first: bool) -> None:
+    """Leave warnings to rank 0."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if not first:
+        warnings.simplefilter("ignore")
+        os.environ["DIFFUSERS_VERBOSITY"] = "error"
+
+
+def _tell(text: str) -> None:
+    rank = rank_from_environment()
+    prefix = f"rank {rank}: " if rank else ""
+    print(f"{prefix}error: {' '.join(text.split())}", file=sys.stderr, flush=True)

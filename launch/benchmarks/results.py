@@ -1,0 +1,122 @@
+"""One measurement as it is written, and the table of many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from launch.benchmarks.timing import Times
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What ran, how long it took, and how that compares.
+
+    Attributes:
+        what: `attention` or `transformer`.
+        gpus, ulysses, ring: the mesh.
+        sequence: tokens of the whole video.
+        density: share of attended pairs; for a transformer that asked for.
+        kernel: what attended, as it was chosen.
+        times: milliseconds of a call, the slowest rank's.
+        tflops_attended: of all GPUs together; None where more than attention is timed.
+        baseline: what `speedup` is against; None for what is a baseline itself.
+        extra: further keys, put last.
+    """
+
+    what: str
+    gpus: int
+    ulysses: int
+    ring: int
+    sequence: int
+    heads: int
+    head_dim: int
+    density: float
+    kernel: str
+    times: Times
+    tflops_attended: float | None
+    baseline: str | None
+    speedup: float | None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self, environment: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "what": self.what,
+            "gpus": self.gpus,
+            "ulysses": self.ulysses,
+            "ring": self.ring,
+            "sequence": self.sequence,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "density": round(self.density, 4),
+            "kernel": self.kernel,
+            "ms_median": round(self.times.median, 4),
+            "ms_min": round(self.times.least, 4),
+            "ms_max": round(self.times.most, 4),
+            "tflops_attended": _rounded(self.tflops_attended, 1),
+            "baseline": self.baseline,
+            "speedup": _rounded(self.speedup, 3),
+            **environment,
+            **self.extra,
+            "peak_memory": self.times.peak_memory,
+        }
+
+
+def speedup(baseline: Measurement | None, times: Times) -> float | None:
+    return None if baseline is None else baseline.times.median / times.median
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `Measurement.to_json`, aligned; a column without any value is left out."""
+    cells = [[title for title, _ in _COLUMNS]]
+    cells += [[read(row) for _, read in _COLUMNS] for row in rows]
+    columns = [column for column in zip(*cells, strict=True) if any(value != "-" for value in column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    lines = zip(*columns, strict=True)
+    return "\n".join("  ".join(f"{c:>{w}}" for c, w in zip(line, widths, strict=True)) for line in lines)
+
+
+def _rounded(value: float | None, digits: int) -> float | None:
+    return None if value is None else round(value, digits)
+
+
+def _number(key: str, form: str) -> Callable[[dict[str, Any]], str]:
+    return lambda row: "-" if row.get(key) is None else format(row[key], form)
+
+
+def _gib(row: dict[str, Any]) -> str:
+    return "-" if row.get("peak_memory") is None else f"{row['peak_memory'] / 2**30:.2f}"
+
+
+def _mode(row: dict[str, Any]) -> str:
+    return {None: "-", True: "compiled", False: "eager"}[row.get("compiled")]
+
+
+_COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
+    ("gpus", _number("gpus", "d")),
+    ("UxR", lambda row: f"{row['ulysses']}x{row['ring']}"),
+    ("tokens", _number("sequence", "d")),
+    ("by", _number("implementation", "")),
+    ("mode", _mode),
+    ("density", _number("density", ".3f")),
+    ("kernel", _number("kernel", "")),
+    ("ms", _number("ms_median", ".2f")),
+    ("min", _number("ms_min", ".2f")),
+    ("max", _number("ms_max", ".2f")),
+    ("ms/layer", _number("ms_per_layer", ".2f")),
+    ("TFLOP/s", _number("tflops_attended", ".0f")),
+    ("x dense", _number("speedup", ".2f")),
+    ("of", _number("baseline", "")),
+    ("x 1-GPU dense", _number("speedup_one_gpu_dense", ".2f")),
+    ("efficiency", _number("parallel_efficiency", ".2f")),
+    ("kernel ms", _number("ms_kernel", ".2f")),
+    ("means", _number("ms_means", ".2f")),
+    ("scores", _number("ms_scores", ".2f")),
+    ("top-k", _number("ms_topk", ".2f")),
+    ("split", _number("ms_split", ".2f")),
+    ("other", _number("ms_other", ".2f")),
+    ("overhead %", _number("overhead_percent", ".1f")),
+    ("peak GiB", _gib),
+    ("peak/dense", _number("peak_memory_ratio", ".2f")),
+)
