@@ -88,8 +88,9 @@ def _hops(
     for owner, (length, part) in enumerate(zip(shards.lengths, mask.split_keys(shards.edges), strict=True)):
         pair = key, value
         if owner != ring_rank:
-            shape = (key.shape[0], length, *key.shape[2:])
-            pair = torch.randn(shape, dtype=key.dtype, device=key.device), key.new_zeros(shape).normal_()
+            shape = (2, key.shape[0], length, *key.shape[2:])
+            other = torch.randn(shape, dtype=key.dtype, device=key.device)
+            pair = other[0], other[1]
         if length:
             hops.append((*pair, part))
     return hops

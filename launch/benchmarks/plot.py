@@ -33,6 +33,7 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         ValueError: a file that holds no results, results without anything to draw, or no matplotlib.
     """
+    rows = [row for path in results for row in _read(path)]
     try:
         import matplotlib
     except ImportError as error:
@@ -40,7 +41,6 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
             "matplotlib is not installed, and pictures need it; pip install 'sp-sparse[benchmark]'"
         ) from error
     matplotlib.use("Agg")
-    rows = [row for path in results for row in _read(path)]
     folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for what in _TITLES:
@@ -124,7 +124,7 @@ def _draw_parts(rows: list[Row], path: Path) -> Path:
         axes.bar(range(len(rows)), values, bottom=heights, color=colour, label=label, width=0.75)
         heights = [low + value for low, value in zip(heights, values, strict=True)]
     for place, (row, height) in enumerate(zip(rows, heights, strict=True)):
-        axes.annotate(f"+{row['overhead_percent']:.0f} %", (place, height), ha="center", va="bottom", fontsize=8)
+        axes.annotate(f"{row['overhead_percent']:+.0f} %", (place, height), ha="center", va="bottom", fontsize=8)
     several = len({row["kernel"] for row in rows}) > 1
     names = [f"{row['density']:.2f}\n{_mesh(row)}" + (f"\n{row['kernel']}" if several else "") for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)

@@ -46,6 +46,7 @@ class _TransformerBenchmark:
         device, world = self._session.ranks.device, self._session.ranks.world
         for degrees in ((world, 1), (1, world)) if world > 1 else ():
             self._measure_diffusers(degrees)
+            _forget_compiled()  # it may refer to the model
             free_memory()
         model = build_model(self._arguments, device)
         meshes = [
