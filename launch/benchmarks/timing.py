@@ -71,7 +71,10 @@ class Timer:
         torch.cuda.synchronize(self.ranks.device)
         self._meet()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        token = torch.zeros(1, device=self.ranks.device)
         torch.cuda._sleep(_HEAD_START_CYCLES)
+        if self.ranks.world > 1:
+            dist.all_reduce(token)  # on the GPUs, whose clocks differ, so that they have not spun equally long
         begin.record()
         call(number)
         end.record()
