@@ -78,7 +78,11 @@ def decode(pipe: Any, latents: Tensor) -> Tensor:
     )
     # The VAE decodes one latent frame after the other.
     with tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar:
-        hook = vae.decoder.register_forward_hook(lambda *_: bar.update())
+
+        def advance(*_: Any) -> None:  # what a hook returns would replace the output
+            bar.update()
+
+        hook = vae.decoder.register_forward_hook(advance)
         try:
             pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
         finally:
