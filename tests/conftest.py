@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)
+
+# No deadline: nothing here asserts a time. Derandomised: a failure on one machine is a failure on every machine.
+settings.register_profile("sp_sparse", deadline=None, max_examples=50, derandomize=True, database=None)
+settings.load_profile("sp_sparse")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
