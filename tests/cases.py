@@ -1,4 +1,4 @@
-"""Random inputs that the tests share: asymmetric masks with empty rows, scaled queries and keys, poisoned table tails."""
+"""Random inputs that the tests share: asymmetric masks with empty rows, scaled q and k, poisoned table tails."""
 
 from __future__ import annotations
 

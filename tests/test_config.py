@@ -143,7 +143,9 @@ def test_errors(values: dict[str, Any], match: str) -> None:
 
 
 def test_unknown_option() -> None:
-    with pytest.raises(ValueError, match=r"unknown sparse attention options sparsity, top_k; known are backend, .*topk_2"):
+    with pytest.raises(
+        ValueError, match=r"unknown sparse attention options sparsity, top_k; known are backend, .*topk_2"
+    ):
         SparseAttentionConfig.from_mapping({"top_k": 0.3, "topk": 0.3, "sparsity": 0.7})
 
 

@@ -95,7 +95,9 @@ def test_weights_are_the_softmax_of_the_lses(rows: list[list[float]]) -> None:
     """Far-apart and missing LSEs: the weights stay those of an exact softmax, and nothing becomes NaN."""
     lse, new_lse = (torch.tensor([row[side] for row in rows], dtype=torch.float64).view(1, 1, -1) for side in (0, 1))
     seen = torch.stack([lse, new_lse]) > -INF
-    one, two = ((side.double() * value).transpose(1, 2)[..., None] for side, value in zip(seen, (3.0, 5.0), strict=True))
+    one, two = (
+        (side.double() * value).transpose(1, 2)[..., None] for side, value in zip(seen, (3.0, 5.0), strict=True)
+    )
     out, total = merge(one.clone(), lse, two, new_lse)
     for i, row in enumerate(rows):
         top = max(row)

@@ -115,8 +115,8 @@ def test_reference_takes_any_strides() -> None:
     (q, k, v), mask, tokens = _inputs(SHAPES["ragged-both-ends"], torch.float32)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     wide = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (q, k, v)]
-    for inputs in (strided, wide):
-        _check(*ReferenceKernel()(*inputs, mask, SCALE), q, k, v, tokens)
+    for x in (strided, wide):
+        _check(*ReferenceKernel()(x[0], x[1], x[2], mask, SCALE), q, k, v, tokens)
 
 
 def test_reference_does_not_write_its_inputs() -> None:

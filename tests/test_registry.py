@@ -1,4 +1,4 @@
-"""Finding kernels and refusing those that cannot serve: by name, entry point or class path, never a silent substitute."""
+"""Finding kernels by name, entry point or class path, and refusing those that cannot serve: never a substitute."""
 
 from __future__ import annotations
 
@@ -93,9 +93,11 @@ def test_every_built_in_is_in_auto_and_named_as_it_is_called(monkeypatch: pytest
 @pytest.mark.parametrize("make", [load_kernel, lambda name: select_kernel(name, CPU), _layer])
 def test_unknown(make, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
     _offer(monkeypatch, plugged="tests.test_registry:PlainKernel")
-    with pytest.raises(ValueError, match="unknown sparse attention backend 'refrence'; use one of auto, none, reference, "):
+    with pytest.raises(
+        ValueError, match="unknown sparse attention backend 'refrence'; use one of auto, none, reference, "
+    ):
         make("refrence")
-    with pytest.raises(ValueError, match="plugged, or a class path package.module:Class"):
+    with pytest.raises(ValueError, match=r"plugged, or a class path package.module:Class"):
         make("refrence")
 
 
@@ -138,14 +140,15 @@ def test_broken_entry_point_hides_no_other_error(monkeypatch: pytest.MonkeyPatch
         load_kernel("broken")
     with pytest.raises(ValueError, match=r"'nolse' cannot run here: it returns no LSE.*; use auto, reference$"):
         select_kernel("nolse", replace(CPU, needs_lse=True))
-    with pytest.raises(ValueError, match="'nolse' returns no LSE.*use reference, or ring_degree=1"):
+    with pytest.raises(ValueError, match=r"'nolse' returns no LSE.*use reference, or ring_degree=1"):
         _layer("nolse", ring=2)
 
 
 def test_no_lse_is_refused_for_ring_at_construction(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, nolse="tests.test_registry:NoLseKernel", plain="tests.test_registry:PlainKernel")
     with pytest.raises(
-        ValueError, match=r"'nolse' returns no LSE, which ring parallelism needs .*; use reference, plain, or ring_degree=1"
+        ValueError,
+        match=r"'nolse' returns no LSE, which ring parallelism needs .*; use reference, plain, or ring_degree=1",
     ):
         _layer("nolse", ring=2)
     q = torch.randn(1, 32, 2, 8)
@@ -168,9 +171,7 @@ CUDA = replace(CPU, device=torch.device("cuda", 0), dtype=torch.bfloat16)
         (CUDA, None),
     ],
 )
-def test_reasons_name_both_sides(
-    request_: KernelRequest, reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_reasons_name_both_sides(request_: KernelRequest, reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     _offer(monkeypatch, narrow="tests.test_registry:NarrowKernel")
     assert why_not(NarrowKernel(), request_) == reason
@@ -186,9 +187,7 @@ def test_reasons_name_both_sides(
     ("capability", "reason"),
     [((7, 5), "7.5 is outside 8.0 to 9.0"), ((8, 0), None), ((9, 0), None), ((10, 0), "10.0 is outside 8.0 to 9.0")],
 )
-def test_compute_capability(
-    capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_compute_capability(capability: tuple[int, int], reason: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert why_not(NarrowKernel(), CUDA) == (None if reason is None else f"compute capability {reason}")
     newest = NarrowKernel()
@@ -206,9 +205,11 @@ def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "BUILT_IN", {"narrow": "tests.test_registry:NarrowKernel"})
     monkeypatch.setattr(registry, "AUTO_ORDER", ("narrow",))
     _offer(monkeypatch)
-    with pytest.raises(ValueError, match="'narrow' cannot run here: device cpu .*; no installed backend can"):
+    with pytest.raises(ValueError, match=r"'narrow' cannot run here: device cpu .*; no installed backend can"):
         select_kernel("narrow", CPU)
-    with pytest.raises(ValueError, match="no sparse attention backend can run here: narrow: device cpu is not among cuda"):
+    with pytest.raises(
+        ValueError, match="no sparse attention backend can run here: narrow: device cpu is not among cuda"
+    ):
         select_kernel("auto", CPU)
 
 
@@ -247,4 +248,6 @@ def test_layer_asks_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float32):
         q = torch.zeros(1, 32, 2, 8, dtype=dtype)
         layer(q, q, q, grid=(1, 4, 8))
-    assert seen == [KernelRequest(torch.device("cpu"), d, 8, (8, 8), needs_lse=False) for d in (torch.float32, torch.bfloat16)]
+    assert seen == [
+        KernelRequest(torch.device("cpu"), d, 8, (8, 8), needs_lse=False) for d in (torch.float32, torch.bfloat16)
+    ]

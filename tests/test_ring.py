@@ -6,17 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_sparse.parallel import ring as ring_module
 from sp_sparse.parallel.ring import ring_attention
 from tests.cases import random_tensors
 from tests.oracle import assert_close, masked_attention, relative_error
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, world_group
 
 NAN = float("nan")
-LENGTHS = {3: [(4, 4, 4), (5, 0, 2), (0, 0, 3)], 4: [(1, 2, 3, 4), (0, 6, 0, 1)], 8: [(3, 1, 0, 2, 2, 0, 5, 1)]}
+LENGTHS: dict[int, list[tuple[int, ...]]] = {
+    3: [(4, 4, 4), (5, 0, 2), (0, 0, 3)],
+    4: [(1, 2, 3, 4), (0, 6, 0, 1)],
+    8: [(3, 1, 0, 2, 2, 0, 5, 1)],
+}
 
 
 def _check_ring(rank: int, ring: int) -> None:
@@ -36,7 +39,7 @@ def _check_ring(rank: int, ring: int) -> None:
             return masked_attention(query, k, v, mask, 0.3)  # noqa: B023
 
         mine = slice(edges[rank], edges[rank + 1])
-        out, lse = ring_attention(attend, key[:, mine], value[:, mine], held, dist.group.WORLD)
+        out, lse = ring_attention(attend, key[:, mine], value[:, mine], held, world_group())
         assert owners == [(rank - hop) % ring for hop in range(ring) if held[(rank - hop) % ring]]
         everything = torch.ones(2, 3, 6, sum(held), dtype=torch.bool)
         expected, expected_lse = masked_attention(query, key, value, everything, 0.3)
@@ -44,7 +47,7 @@ def _check_ring(rank: int, ring: int) -> None:
         assert relative_error(lse, expected_lse) < 1e-14
     empty = torch.zeros(2, 0, 3, 8)
     with pytest.raises(ValueError, match="every shard of the ring is empty"):
-        ring_attention(attend, empty, empty, (0,) * ring, dist.group.WORLD)
+        ring_attention(attend, empty, empty, (0,) * ring, world_group())
 
 
 @pytest.mark.parametrize("ring", LENGTHS)
@@ -61,7 +64,7 @@ def _check_half_precision(rank: int, ring: int) -> None:
         out, lse = masked_attention(query, k, v, torch.ones(1, 3, 40, 40, dtype=torch.bool), 0.1, torch.float32)
         return out.bfloat16(), lse
 
-    out, lse = ring_attention(attend, key[:, mine], value[:, mine], (40,) * ring, dist.group.WORLD)
+    out, lse = ring_attention(attend, key[:, mine], value[:, mine], (40,) * ring, world_group())
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     everything = torch.ones(1, 3, 40, 40 * ring, dtype=torch.bool)
     expected, expected_lse = masked_attention(query, key, value, everything, 0.1)
@@ -87,7 +90,7 @@ class _FakeNetwork:
     def get_global_rank(self, group: object, rank: int) -> int:
         return rank + 100
 
-    def P2POp(self, op: str, tensor: Tensor, peer: int, group: object) -> tuple[str, Tensor, int]:  # noqa: N802
+    def P2POp(self, op: str, tensor: Tensor, peer: int, group: object) -> tuple[str, Tensor, int]:
         return op, tensor, peer
 
     def batch_isend_irecv(self, operations: list[tuple[str, Tensor, int]]) -> list[Any]:

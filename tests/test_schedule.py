@@ -82,7 +82,7 @@ def test_densities_are_shares_that_never_rise(kind: str, topk: float, layer: int
 )
 @pytest.mark.parametrize(("step", "num_steps"), [(None, None), (None, 4), (2, None)])
 def test_unknown_step(schedule: Schedule, step: int | None, num_steps: int | None) -> None:
-    with pytest.raises(ValueError, match="needs the denoising step.*pass step and num_steps"):
+    with pytest.raises(ValueError, match=r"needs the denoising step.*pass step and num_steps"):
         schedule.density(1, step, num_steps)
 
 

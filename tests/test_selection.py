@@ -192,8 +192,7 @@ def test_scores_do_not_depend_on_shapes_or_order(seed: int, cut: int) -> None:
     largest = torch.full((2, 3, 1, 1), 2.0**6)
     query, key = (torch.cat([x.clamp(-60, 60), largest.expand(2, 3, x.shape[2], 1)], -1) for x in (query, key))
     pieces = [
-        block_scores(query[..., part], key[..., part]) - 2.0**12
-        for part in ([*range(cut), 32], [*range(cut, 32), 32])
+        block_scores(query[..., part], key[..., part]) - 2.0**12 for part in ([*range(cut), 32], [*range(cut, 32), 32])
     ]
     assert_same_bits(pieces[0] + pieces[1] + 2.0**12 + 0.0, block_scores(query, key) + 0.0)
 

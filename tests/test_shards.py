@@ -19,7 +19,7 @@ from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.parallel.ulysses import gather_sequence, scatter_sequence
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, world_group
 
 NAN = float("nan")
 lengths = st.integers(0, 400)
@@ -133,7 +133,7 @@ def _check_realign(rank: int) -> None:
             for batch in (1, 2):
                 whole = _coded(batch, source.sequence_length, 2), -_coded(batch, source.sequence_length, 2)
                 held = tuple(_shard(x, before, rank, NAN) for x in whole)
-                moved = realign(held, before, after, dist.group.WORLD)
+                moved = realign(held, before, after, world_group())
                 for x, y in zip(moved, whole, strict=True):
                     assert torch.equal(x, _shard(y, after, rank, 0.0)), (before, after, batch)
 
@@ -189,7 +189,7 @@ ULYSSES = [((5, 5, 5), (2, 2, 2)), ((7, 0, 3), (3, 1, 2)), ((0, 0, 4), (1, 1, 1)
 
 
 def _check_ulysses(rank: int) -> None:
-    group = dist.group.WORLD
+    group = world_group()
     for tokens, heads in ULYSSES:
         shards, first_head = SequenceShards(tokens), sum(heads[:rank])
         for batch in (1, 2):
@@ -211,6 +211,7 @@ STRATEGY = [
     (SequenceShards((3, 4, 0, 5, 30, 2)), 8),
     (SequenceShards((1, 1, 1, 1, 1, 45)), 16),
     (SequenceShards.equal(11, 6), 16),
+    (SequenceShards.equal(91, 6), 16),  # at block edges already, but padded
     (SequenceShards.aligned(75, 16, 2, 3), 16),
 ]
 
@@ -222,7 +223,7 @@ def _check_strategy(rank: int, ulysses: int, ring: int) -> None:
         strategy = SequenceParallelStrategy(mesh, block)
         whole = [_coded(2, shards.sequence_length, 5) * sign for sign in (1, -1, 0.5)]
         held = [_shard(x, shards, rank, NAN) for x in whole]
-        q, k, v, ring_shards, context = strategy.pre_attention(*held, shards)
+        q, k, v, ring_shards, context = strategy.pre_attention(held[0], held[1], held[2], shards)
         assert all(e % block == 0 or e == shards.sequence_length for e in ring_shards.edges[:-1])
         assert ring_shards.padding == 0
         first, last = ring_shards.range_of(mesh.ring_rank)
@@ -234,7 +235,9 @@ def _check_strategy(rank: int, ulysses: int, ring: int) -> None:
         assert torch.equal(back, _shard(whole[0], shards, rank, 0.0)), shards
         # Block summaries of all ring shards, in order and without the filler of the uneven ones.
         size = block // 2
-        starts = torch.arange(0, shards.sequence_length, size, dtype=torch.float32).view(1, 1, -1, 1).expand(2, 3, -1, 4)
+        starts = (
+            torch.arange(0, shards.sequence_length, size, dtype=torch.float32).view(1, 1, -1, 1).expand(2, 3, -1, 4)
+        )
         starts = starts + torch.arange(2).view(2, 1, 1, 1) * 1000
         gathered = strategy.gather_blocks(starts[:, :, first // size : num_blocks(last, size)], ring_shards, size)
         assert torch.equal(gathered, starts), shards
@@ -242,7 +245,7 @@ def _check_strategy(rank: int, ulysses: int, ring: int) -> None:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 3), (3, 2), (6, 1), (1, 6)])
 def test_strategy_round_trip(ulysses: int, ring: int) -> None:
-    if 5 < ulysses:
+    if ulysses > 5:
         with pytest.raises(ValueError, match="5 heads cannot be split over ulysses_degree=6; use at most 5"):
             SequenceParallelStrategy(_fake_mesh(ulysses), 16).heads(5)
         return
