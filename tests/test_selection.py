@@ -245,7 +245,8 @@ def test_topk_equals_brute_force(
 ) -> None:
     generator = seeded(seed)
     scores = torch.randint(-levels, levels + 1, (2, 3, queries, keys), generator=generator).double() / 8
-    scores = torch.where(scores == 0, -scores, scores)  # zeros of both signs
+    negative = torch.rand(scores.shape, generator=generator) < 0.5
+    scores = torch.where((scores == 0) & negative, -0.0, scores)
     forced = torch.rand(queries, keys, generator=generator) < forced_share
     static = StaticBlocks.of(forced.numpy(), CPU)
     mask = select_topk(scores, static, density, (8, 4), queries * 8, keys * 4 - 1)
@@ -259,7 +260,7 @@ def test_topk_equals_brute_force(
 
 
 def test_ties_go_to_the_lower_block() -> None:
-    scores = torch.tensor([[[[0.0, 7.0, -0.0, 7.0, 7.0, -1.0]]]], dtype=torch.float64)
+    scores = torch.tensor([[[[-0.0, 7.0, 0.0, 7.0, 7.0, -1.0]]]], dtype=torch.float64)
     static = StaticBlocks.of(np.zeros((1, 6), dtype=np.bool_), CPU)
     kept = [select_topk(scores, static, k / 6, (8, 8), 8, 48).indices.flatten().tolist() for k in range(1, 7)]
     assert kept == [[1], [1, 3], [1, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
