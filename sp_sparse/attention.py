@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -111,7 +110,7 @@ class SparseAttention:
         self._check(query, key, value, grid, shards)
         density = self._schedule.density(self.layer, step, num_steps)
         scale = self.head_dim**-0.5 if scale is None else scale
-        kernel = self._kernel(query)
+        kernel = self.kernel_for(query.device, query.dtype)
 
         q, k, v, ring_shards, context = self.strategy.pre_attention(query, key, value, shards)
         mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
@@ -129,6 +128,19 @@ class SparseAttention:
         grid = grid if isinstance(grid, VideoGrid) else VideoGrid(*grid)
         mesh = self.mesh
         return SequenceShards.aligned(grid.num_tokens, self.strategy.block, mesh.ulysses_degree, mesh.ring_degree)
+
+    def kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
+        """The kernel that attends tensors of this kind; asking before the first call tells early that there is none.
+
+        Raises:
+            ValueError: the configured backend cannot run them; the text says why and names those that can.
+        """
+        if (device, dtype) not in self._kernels:
+            needs_lse = self.mesh.ring_degree > 1
+            request = KernelRequest(device, dtype, self.head_dim, self.config.block_size, needs_lse)
+            # All layers choose alike: the first tells.
+            self._kernels[device, dtype] = select_kernel(self.config.backend, request, log=self.layer == 0)
+        return self._kernels[device, dtype]
 
     def _select(self, query: Tensor, key: Tensor, grid: VideoGrid, shards: SequenceShards, density: float) -> BlockMask:
         """The mask of this ring shard's query blocks over all key blocks, for the heads of this rank."""
@@ -160,14 +172,6 @@ class SparseAttention:
             self._static[plan] = StaticBlocks.of(rows, device)
         return self._static[plan]
 
-    def _kernel(self, query: Tensor) -> Kernel:
-        kind = (query.device, query.dtype)
-        if kind not in self._kernels:
-            needs_lse = self.mesh.ring_degree > 1
-            request = KernelRequest(*kind, self.head_dim, self.config.block_size, needs_lse)
-            self._kernels[kind] = select_kernel(self.config.backend, request)
-        return self._kernels[kind]
-
     def _check(self, query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, shards: SequenceShards) -> None:
         if query.ndim != 4 or query.shape[2:] != (self.num_heads, self.head_dim):
             raise ValueError(
@@ -179,6 +183,8 @@ class SparseAttention:
                     f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, query is {tuple(query.shape)} {query.dtype} on "
                     f"{query.device}; self-attention takes three alike"
                 )
+        if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+            raise ValueError("sparse attention has no backward pass; call it under torch.no_grad()")
         if not query.is_floating_point():
             raise ValueError(f"query is {query.dtype}; attention takes floating-point tensors")
         if shards.sequence_length != grid.num_tokens:

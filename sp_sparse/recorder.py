@@ -19,8 +19,15 @@ _Place = tuple[int, int, "int | None"]
 
 @dataclass(eq=False)
 class AttentionRecorder:
-    """Collects one entry a sparse attention call, without synchronising with the device until `summary` is asked for."""
+    """Collects one entry an attention call, without synchronising with the device until `summary` is asked for.
 
+    Attributes:
+        keep_masks: keep every block mask, for looking at them; they hold 4 bytes an attended block pair.
+        masks: (expert, layer, step, mask) of each sparse call if so, of this rank's heads and query blocks.
+    """
+
+    keep_masks: bool = False
+    masks: list[tuple[int, int, int | None, BlockMask]] = field(default_factory=list)
     _calls: Counter[str] = field(default_factory=Counter)
     _dense: Counter[_Place] = field(default_factory=Counter)
     _attended: dict[_Place, Tensor] = field(default_factory=dict)
@@ -34,6 +41,8 @@ class AttentionRecorder:
             self._dense[place] += 1
             return
         self._calls[kernel] += 1
+        if self.keep_masks:
+            self.masks.append((expert, layer, step, mask))
         pairs = mask.attended_pairs()
         self._attended[place] = self._attended[place] + pairs if place in self._attended else pairs
         batch, heads, _ = mask.counts.shape

@@ -42,7 +42,8 @@ class Schedule:
                 raise ValueError(f"topk {share} is outside (0, 1]; it is the share of key blocks kept, 1.0 being dense")
         if (self.kind == "table") != bool(self.table) or not all(self.table):
             raise ValueError(
-                f"schedule {self.kind!r} with a table of {len(self.table)} rows; give non-empty rows to 'table' and only to it"
+                f"schedule {self.kind!r} with a table of {len(self.table)} rows; "
+                "give non-empty rows to 'table' and only to it"
             )
         if min(self.dense_steps, self.dense_layers) < 0:
             raise ValueError(f"dense_steps={self.dense_steps}, dense_layers={self.dense_layers}; use 0 or more")

@@ -32,3 +32,8 @@ def assert_close(actual: Tensor, expected: Tensor, reference_error: float, facto
     """The error is at most `factor` times that of the same-precision reference (and NaN never passes)."""
     error = relative_error(actual, expected)
     assert error <= factor * reference_error, f"relative error {error:.3e} > {factor} x {reference_error:.3e}"
+
+
+def block_rows(first: int, last: int, block: int) -> slice:
+    """The mask rows of the query tokens `[first, last)`, of which `first` starts a block unless the range is empty."""
+    return slice(first // block, -(-last // block) if last > first else first // block)

@@ -8,11 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from sp_sparse import BlockMask, SequenceParallelMesh, SequenceShards, SparseAttention, SparseAttentionConfig, VideoGrid
+from sp_sparse import (
+    AttentionRecorder,
+    BlockMask,
+    SequenceParallelMesh,
+    SequenceShards,
+    SparseAttention,
+    SparseAttentionConfig,
+    VideoGrid,
+)
 from sp_sparse.kernels.reference import ReferenceKernel
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.video import token_order
-from tests.oracle import assert_close, expand, masked_attention, relative_error
+from tests.oracle import assert_close, block_rows, expand, masked_attention, relative_error
 from tests.ranks import run_ranks
 
 MESHES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2), (2, 4), (4, 2), (1, 8)]
@@ -55,25 +63,17 @@ def _inputs(grid: VideoGrid, heads: int, batch: int, order: str) -> tuple[Tensor
     return q[:, permutation], k[:, permutation], v[:, permutation]
 
 
-class _Spy(SequenceParallelStrategy):
-    """A strategy that keeps the masks it was asked to attend."""
-
-    def attend(self, attend, query, key, value, mask, metadata):  # type: ignore[no-untyped-def]
-        object.__setattr__(self, "masks", [*getattr(self, "masks", []), mask])
-        return super().attend(attend, query, key, value, mask, metadata)
-
-
-def _layer(config: SparseAttentionConfig, mesh: SequenceParallelMesh, heads: int) -> tuple[SparseAttention, _Spy]:
-    layer = SparseAttention(config, mesh, num_heads=heads, head_dim=16)
-    spy = _Spy(layer.strategy.mesh, layer.strategy.block)
-    layer.strategy = spy
-    return layer, spy
+def _layer(
+    config: SparseAttentionConfig, mesh: SequenceParallelMesh, heads: int
+) -> tuple[SparseAttention, AttentionRecorder]:
+    recorder = AttentionRecorder(keep_masks=True)
+    return SparseAttention(config, mesh, num_heads=heads, head_dim=16, recorder=recorder), recorder
 
 
 def _single(config: SparseAttentionConfig, grid: VideoGrid, heads: int, batch: int) -> tuple[Tensor, Tensor]:
-    layer, spy = _layer(config, SequenceParallelMesh(), heads)
+    layer, recorder = _layer(config, SequenceParallelMesh(), heads)
     out = layer(*_inputs(grid, heads, batch, config.token_order), grid=grid)
-    return out, spy.masks[0].to_dense()  # type: ignore[attr-defined]
+    return out, recorder.masks[0][-1].to_dense()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -93,7 +93,7 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
     for name, (config, grid, heads, batch) in CASES.items():
         expected, expected_mask = _single(config, grid, heads, batch)
         tensors = _inputs(grid, heads, batch, config.token_order)
-        layer, spy = _layer(config, mesh, heads)
+        layer, recorder = _layer(config, mesh, heads)
         for shards in (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree)):
             first, last = shards.range_of(mesh.sequence_rank)
             held = shards.lengths[mesh.sequence_rank]
@@ -112,9 +112,9 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
             wanted = expected_mask[
                 :,
                 first_head : first_head + counts[mesh.ulysses_rank],
-                start // config.block_size[0] : -(-stop // config.block_size[0]),
+                block_rows(start, stop, config.block_size[0]),
             ]
-            got = spy.masks[-1].to_dense()  # type: ignore[attr-defined]
+            got = recorder.masks[-1][-1].to_dense()
             assert torch.equal(got, wanted), (name, shards, "the mask differs")
 
 
@@ -151,14 +151,19 @@ def _check_masks(rank: int, ulysses: int, ring: int) -> None:
             first, last = shards.range_of(mesh.sequence_rank)
             pad = shards.lengths[mesh.sequence_rank] - (last - first)
             local = [torch.nn.functional.pad(x[:, first:last], (0, 0, 0, 0, 0, pad)) for x in (q, k, v)]
-            ql, kl, vl, ring_shards, context = strategy.pre_attention(*local, shards)
+            ql, kl, vl, ring_shards, context = strategy.pre_attention(local[0], local[1], local[2], shards)
             start, stop = ring_shards.range_of(mesh.ring_rank)
             counts = strategy.heads(heads)
             first_head = sum(counts[: mesh.ulysses_rank])
             part = dense[:, first_head : first_head + counts[mesh.ulysses_rank]]
-            part = part[:, :, start // block_size[0] : -(-stop // block_size[0])]
+            part = part[:, :, block_rows(start, stop, block_size[0])]
             mask = BlockMask.from_dense(part, block_size, stop - start, length)
-            out = strategy.attend(lambda q, k, v, m: kernel(q, k, v, m, 0.25), ql, kl, vl, mask, ring_shards)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
+                assert mask is not None
+                return kernel(q, k, v, mask, 0.25)
+
+            out = strategy.attend(attend, ql, kl, vl, mask, ring_shards)
             out = strategy.post_attention(out, context)[:, : last - first]
             if last > first:
                 # A shard may hold fewer values than the whole: compare with the whole's error, on the whole's scale.

@@ -10,10 +10,10 @@ _BUDGET = 1 << 24
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention over all keys: `[B, Sq, H, D]`, `[B, Sk, H, D]` -> out `[B, Sq, H, D]`, lse `[B, H, Sq]` (natural log, fp32).
+    """Attention over all keys: `[B, Sq, H, D]`, `[B, Sk, H, D]` -> out `[B, Sq, H, D]`, lse `[B, H, Sq]`.
 
-    On CUDA in fp16/bf16 it is the kernel of torch's own dense attention, cuDNN's where that runs and FlashAttention-2
-    elsewhere; on other devices and dtypes it computes slices of queries in fp32 (fp64 for fp64 inputs).
+    The LSE is in natural log, fp32 (fp64 for fp64 inputs). On CUDA in fp16 and bf16 it is the kernel of torch's own dense
+    attention: cuDNN's where that runs, else FlashAttention-2. Elsewhere it computes slices of queries in fp32.
     """
     if key.shape[1] == 0:
         lse = query.new_full(

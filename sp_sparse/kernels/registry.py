@@ -51,7 +51,7 @@ def kernel_names() -> tuple[str, ...]:
 
 
 def load_kernel(name: str) -> Kernel:
-    """The kernel called `name`: built in, an entry point of group `sp_sparse.kernels`, or a class path `package.module:Class`.
+    """The kernel called `name`: built in, an entry point of `sp_sparse.kernels`, or a class path `package.module:Class`.
 
     Raises:
         ValueError: nothing has this name, or a class path that cannot be imported.
@@ -100,7 +100,7 @@ def why_not(kernel: Kernel, request: KernelRequest) -> str | None:
     return reason
 
 
-def select_kernel(name: str, request: KernelRequest) -> Kernel:
+def select_kernel(name: str, request: KernelRequest, log: bool = True) -> Kernel:
     """The kernel for `request`: the one called `name`, or for `auto` the fastest that runs.
 
     Raises:
@@ -112,17 +112,14 @@ def select_kernel(name: str, request: KernelRequest) -> Kernel:
         if reason is not None:
             raise ValueError(f"sparse attention backend {name!r} cannot run here: {reason}; {_remedy(request)}")
         return kernel
-    passed_over = []
+    passed_over: list[tuple[str, str]] = []
     for candidate in AUTO_ORDER:
         kernel = load_kernel(candidate)
         reason = why_not(kernel, request)
         if reason is None:
-            logger.info(
-                "sparse attention backend auto: %s on %s%s",
-                candidate,
-                request.device,
-                "".join(f"; not {n}: {why}" for n, why in passed_over),
-            )
+            if log:
+                others = "".join(f"; not {other}: {why}" for other, why in passed_over)
+                logger.info("sparse attention backend auto: %s on %s%s", candidate, request.device, others)
             return kernel
         passed_over.append((candidate, reason))
     raise ValueError("no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over))

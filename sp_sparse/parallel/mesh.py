@@ -63,7 +63,8 @@ class SequenceParallelMesh:
     ) -> SequenceParallelMesh:
         """Take the groups of a torch `DeviceMesh` with the named dimensions, either of which may be absent.
 
-        Ulysses must vary faster than ring along the sequence: `init_device_mesh(…, (R, U), mesh_dim_names=("ring", "ulysses"))`.
+        Ulysses must vary faster than ring along the sequence: `init_device_mesh(…, (R, U),
+        mesh_dim_names=("ring", "ulysses"))`.
         """
         names = mesh.mesh_dim_names or ()
         if ulysses_dim not in names and ring_dim not in names:
@@ -150,7 +151,8 @@ class SequenceParallelMesh:
             )
         if wanted != world:
             raise ValueError(
-                f"{shape} = {wanted}, but there are {world} ranks; start {wanted} ranks, or choose degrees whose product is {world}"
+                f"{shape} = {wanted}, but there are {world} ranks; start {wanted} ranks, "
+                f"or choose degrees whose product is {world}"
             )
         ulysses_group, ring_group = _yunchang_groups(self.ulysses_degree, self.ring_degree)
         if self.ulysses_degree > 1:

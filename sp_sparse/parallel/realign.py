@@ -24,10 +24,10 @@ def realign(
     operations: list[dist.P2POp] = []
     like = tensors[0]
     for peer in range(len(source.lengths)):
+        if peer == rank or group is None:
+            continue
         give = overlap(held, target.range_of(peer))
         take = overlap(wanted, source.range_of(peer))
-        if peer == rank:
-            continue
         if give[0] < give[1]:
             part = torch.stack([x[:, give[0] - held[0] : give[1] - held[0]] for x in tensors])
             operations.append(dist.P2POp(dist.isend, part, dist.get_global_rank(group, peer), group))

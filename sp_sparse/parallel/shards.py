@@ -70,10 +70,9 @@ class SequenceShards:
         return SequenceShards(sums, self.padding)
 
     def realigned(self, block: int) -> SequenceShards:
-        """The nearest cut without padding in which every rank but an empty one starts at a multiple of `block`."""
+        """The nearest cut without padding in which every rank that holds tokens starts at a multiple of `block`."""
         length = self.sequence_length
-        edges = [min((edge + block // 2) // block * block, length) for edge in self.edges]
-        edges[0], edges[-1] = 0, length
+        edges = [length if edge >= length else min((edge + block // 2) // block * block, length) for edge in self.edges]
         return SequenceShards(tuple(b - a for a, b in zip(edges[:-1], edges[1:], strict=True)))
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from sp_sparse.mask import BlockMask, num_blocks
+from sp_sparse.parallel.gather import all_gather_uneven
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.ring import ring_attention
@@ -90,7 +89,7 @@ class SequenceParallelStrategy:
             tokens = self._group_tokens(metadata)
             group = self.mesh.ulysses_group
             tensors = tuple(gather_sequence(x, tokens, heads, group) for x in tensors)  # type: ignore[assignment]
-        aligned = self._aligned(gathered)
+        aligned = gathered.realigned(self.block)
         if aligned != gathered:
             tensors = realign(tensors, gathered, aligned, self.mesh.ring_group)  # type: ignore[assignment]
         return (*tensors, aligned, context)
@@ -125,7 +124,7 @@ class SequenceParallelStrategy:
 
     def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
         """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""
-        aligned = self._aligned(context.gathered)
+        aligned = context.gathered.realigned(self.block)
         if aligned != context.gathered:
             (out,) = realign((out,), aligned, context.gathered, self.mesh.ring_group)
         if self.mesh.ulysses_group is not None:
@@ -139,18 +138,7 @@ class SequenceParallelStrategy:
         if group is None:
             return summaries
         counts = [num_blocks(length, block) for length in metadata.lengths]
-        send = summaries.new_zeros(max(counts), *summaries.shape[:2], summaries.shape[3])
-        send[: summaries.shape[2]] = summaries.permute(2, 0, 1, 3)
-        everyone = send.new_empty(len(counts) * max(counts), *send.shape[1:])
-        dist.all_gather_into_tensor(everyone, send, group=group)
-        parts = [part[:count] for part, count in zip(everyone.split(max(counts)), counts, strict=True)]
-        return torch.cat(parts).permute(1, 2, 0, 3)
-
-    def _aligned(self, gathered: SequenceShards) -> SequenceShards:
-        edges = gathered.edges[1:-1]
-        if gathered.padding == 0 and all(e % self.block == 0 or e == gathered.sequence_length for e in edges):
-            return gathered
-        return gathered.realigned(self.block)
+        return all_gather_uneven(summaries, counts, group, dim=2)
 
     def _group_tokens(self, shards: SequenceShards) -> tuple[int, ...]:
         first = self.mesh.ring_rank * self.mesh.ulysses_degree

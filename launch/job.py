@@ -1,0 +1,132 @@
+"""One job of `generate`: check, load, encode, make the videos, verify, report."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import fields
+from typing import Any
+
+from launch.arguments import GenerateArguments
+from launch.files import check_writable
+from launch.maker import Video, VideoMaker
+from launch.models import WanModel, fill_defaults, find_model, load_pipeline, transformers_of
+from launch.ranks import Ranks
+from launch.report import attention_report, job_report, write_report
+from launch.stages import Stages
+from launch.verify import difference
+from launch.video import encode_prompts, first_frame
+from sp_sparse import AttentionRecorder, SequenceParallelMesh
+from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
+from sp_sparse.kernels.registry import load_kernel
+
+
+def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
+    """Run the job; every rank calls it with the same arguments.
+
+    Returns:
+        0, or 1 if `--verify` found a difference above `--verify-tolerance`.
+    """
+    names = tuple(option.name for option in fields(arguments))
+    ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
+    model = ranks.together(lambda: _check(arguments, ranks))
+    arguments = fill_defaults(arguments, model)
+
+    stages, recorder = Stages(ranks), AttentionRecorder()
+    with stages.measure("load"):
+        pipe = ranks.together(lambda: load_pipeline(arguments, model, ranks.device))
+    pipe.set_progress_bar_config(disable=not ranks.first, desc="denoise", unit="step")
+    with stages.measure("encode"):
+        prompts = encode_prompts(pipe, arguments, ranks.device)
+    maker = VideoMaker(pipe, arguments, ranks, first_frame(arguments) if model.takes_image else None)
+    mesh, handle = ranks.together(lambda: _attach(pipe, arguments, recorder))
+
+    videos, told = [], []
+    for number, prompt in enumerate(prompts):
+        videos.append(maker.make(prompt, stages, arguments.repeat))
+        told.append(maker.save(videos[-1], number, stages))
+    attention = attention_report(arguments.sparse, recorder, mesh)
+    if attention is not None:
+        calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
+        ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
+    handle.remove()
+    verified = _verify(maker, videos)
+    report = job_report(arguments, ranks, stages, attention, told, verified)
+    if ranks.first:
+        write_report(report, arguments.report_path())
+    ranks.say(f"report: {arguments.report_path()}")
+    return 0 if verified is None or verified["passed"] else 1
+
+
+def _check(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
+    """Refuse what can be refused before weights are read."""
+    shape = f"ulysses {arguments.ulysses_degree} x ring {arguments.ring_degree} x cfg {arguments.cfg_parallel_degree}"
+    if arguments.ranks_wanted != ranks.world:
+        raise ValueError(
+            f"{shape} = {arguments.ranks_wanted} ranks are asked for, but {ranks.world} run; start "
+            f"`torchrun --nproc-per-node {arguments.ranks_wanted}`, or choose degrees whose product is {ranks.world}"
+        )
+    if arguments.sparse.backend == "none" and ranks.world > 1 and ranks.device.type == "cpu":
+        raise ValueError(
+            f"--sparse-attn-backend none on {ranks.world} ranks uses diffusers' own parallelism, which needs GPUs; for "
+            "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
+        )
+    if arguments.sparse.backend not in ("none", "auto"):
+        load_kernel(arguments.sparse.backend)
+    model = find_model(arguments, ranks.device)
+    if ranks.first:
+        for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
+            check_writable(path)
+    return model
+
+
+def _attach(
+    pipe: Any, arguments: GenerateArguments, recorder: AttentionRecorder
+) -> tuple[SequenceParallelMesh, SparseWan]:
+    mesh = SequenceParallelMesh(arguments.ulysses_degree, arguments.ring_degree, arguments.cfg_parallel_degree)
+    handle = enable_sparse_attention(pipe, arguments.sparse, mesh, recorder)
+    for layer in handle.layers:
+        layer.kernel_for(pipe.transformer.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)
+    for transformer in transformers_of(pipe):
+        if arguments.sparse.backend == "none" and mesh.sequence_degree > 1:
+            _enable_diffusers_parallelism(transformer, mesh)
+        if arguments.compile:
+            transformer.compile_repeated_blocks()
+    return mesh, handle
+
+
+def _enable_diffusers_parallelism(transformer: Any, mesh: SequenceParallelMesh) -> None:
+    from diffusers import ContextParallelConfig
+
+    if mesh.ring_degree > 1:
+        transformer.set_attention_backend("_native_cudnn")  # the default one returns no LSE, which its ring needs
+    config = ContextParallelConfig(ulysses_degree=mesh.ulysses_degree, ring_degree=mesh.ring_degree)
+    transformer.enable_parallelism(config=config)
+
+
+def _verify(maker: VideoMaker, videos: list[Video]) -> dict[str, Any] | None:
+    """Make the videos again, each rank alone, and compare; the same answer on every rank."""
+    arguments, ranks = maker.arguments, maker.ranks
+    if arguments.verify == "none":
+        return None
+    told, worst = [], 0.0
+    with ExitStack() as undo:
+        if arguments.verify == "single":
+            undo.enter_context(enable_sparse_attention(maker.pipe, arguments.sparse, SequenceParallelMesh()))
+        for video in videos:
+            again = maker.make(video.prompt, Stages(ranks))
+            # Each rank compares what it holds, so that ranks that drifted apart are seen too.
+            every = ranks.gather(difference(video.latents, again.latents))
+            latents = max(every, key=lambda d: math.inf if math.isnan(d.relative_rms) else d.relative_rms)
+            worst = max(worst, math.inf if math.isnan(latents.relative_rms) else latents.relative_rms)
+            told.append({"latents": latents.to_json()})
+            ranks.say(f"verify {arguments.verify}: latents {latents}")
+            if video.frames is not None and again.frames is not None:
+                frames = difference(video.frames, again.frames, peak=1.0)
+                told[-1]["frames"] = frames.to_json()
+                ranks.say(f"verify {arguments.verify}: frames {frames}")
+    tolerance = arguments.verify_tolerance
+    passed = tolerance is None or worst <= tolerance
+    if not passed:
+        ranks.say(f"error: the relative RMS difference of the latents is {worst:.3g}, above {tolerance:g}")
+    return {"against": arguments.verify, "tolerance": tolerance, "passed": passed, "videos": told}

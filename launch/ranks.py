@@ -1,0 +1,183 @@
+"""The ranks of a job: their process group, what they agree on, and what happens when one of them stops."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+
+
+class RefusedError(Exception):
+    """Something was refused, and every rank knows it.
+
+    Attributes:
+        speaks: whether this rank is to report it; one that would only repeat rank 0 is not.
+    """
+
+    def __init__(self, text: str, speaks: bool) -> None:
+        super().__init__(text)
+        self.speaks = speaks
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This rank among the others.
+
+    Attributes:
+        rank: number of this one.
+        world: how many there are.
+        device: where this one computes.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes and speaks."""
+        return self.rank == 0
+
+    def say(self, text: str) -> None:
+        """Tell the user something, once for all ranks."""
+        if self.first:
+            print(text, file=sys.stderr, flush=True)
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank. A collective call."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def together(self, action: Callable[[], T]) -> T:
+        """Do something on every rank that may be refused; if one rank fails, all of them do. A collective call.
+
+        Raises:
+            RefusedError: it failed on some rank.
+        """
+        error: Exception | None = None
+        try:
+            result = action()
+        except USER_ERRORS as caught:
+            if is_lost_rank(caught):
+                raise
+            error = caught
+        failures = self.gather(None if error is None else str(error))
+        first = next((rank for rank, text in enumerate(failures) if text is not None), None)
+        if first is None:
+            return result
+        if error is not None:
+            raise RefusedError(str(error), speaks=self.first or str(error) != failures[0]) from error
+        raise RefusedError(f"rank {first}: {failures[first]}", speaks=self.first)
+
+    def check_same(self, names: tuple[str, ...], values: tuple[object, ...]) -> None:
+        """Fail on every rank if the ranks hold different values of something. A collective call.
+
+        Raises:
+            RefusedError: with what differs, and each rank's value of it.
+        """
+        every = self.gather(tuple(map(repr, values)))
+        differing = [
+            f"{name} ({', '.join(f'rank {rank}: {texts[place]}' for rank, texts in enumerate(every))})"
+            for place, name in enumerate(names)
+            if len({texts[place] for texts in every}) > 1
+        ]
+        if differing:
+            text = f"ranks differ in {'; '.join(differing)}; start every rank with the same arguments"
+            raise RefusedError(text, speaks=True)
+
+
+def rank_from_environment() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def start_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
+    """Join the ranks that torchrun started; without torchrun this process is the only one.
+
+    A process group that is there already is used and kept. After an error the group is left as it is: end the process
+    with `leave`.
+
+    Raises:
+        ValueError: no GPU, or fewer than ranks on this machine.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = rank_from_environment()
+    place = _device(device)
+    if world == 1 or dist.is_initialized():
+        yield Ranks(rank, world, place)
+        return
+    _speak_when_stopped(rank)
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout_s),
+        device_id=place if place.type == "cuda" else None,
+    )
+    yield Ranks(rank, world, place)
+    dist.barrier()  # a rank that leaves early breaks those still talking to it
+    dist.destroy_process_group()
+
+
+def leave(status: int) -> NoReturn:
+    """End the process; after a failure without tidying up, which could wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)
+    sys.exit()
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank stopped or did not answer."""
+    # gloo raises plain RuntimeErrors, recognisable by their source file alone.
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+def _device(choice: str) -> torch.device:
+    if choice == "cpu" or (choice == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank >= count:
+        raise ValueError(
+            f"local rank {local_rank} has no GPU: {count} are visible here; start at most {count} ranks a machine, "
+            "or use --device cpu"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _speak_when_stopped(rank: int) -> None:
+    """Say why before ending on SIGTERM, by which torchrun stops the ranks that outlive one that failed.
+
+    A Python signal handler would wait for the main thread, which may sit in a collective for ever; the wake-up file
+    descriptor is written at once, and a thread reads it.
+    """
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def wait() -> None:
+        while signal.SIGTERM not in os.read(reader, 16):
+            pass
+        text = "a rank stopped, or the job was cancelled (SIGTERM); see the first error of the other ranks"
+        print(f"rank {rank}: error: {text}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    threading.Thread(target=wait, name="stop-signal", daemon=True).start()

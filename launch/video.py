@@ -1,0 +1,108 @@
+"""From prompts to a video file, in the steps that a pipeline does at once: encode, denoise, decode, save."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from launch.arguments import GenerateArguments
+from launch.files import whole_file
+from launch.stages import StepClock
+
+_TEXT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """What the transformer reads of a prompt: `[1, L, C]`, the negative one None without guidance."""
+
+    text: str
+    embeds: Tensor
+    negative: Tensor | None
+
+
+def encode_prompts(pipe: Any, arguments: GenerateArguments, device: torch.device) -> list[EncodedPrompt]:
+    """Encode all prompts, then drop the text encoder: its memory is worth more to attention."""
+    guided = arguments.guidance_scale is None or arguments.guidance_scale > 1
+    if pipe.text_encoder is None:
+        return [_random_prompt(pipe, text, guided, device) for text in arguments.prompts]
+    encoded = []
+    with torch.no_grad():
+        for text in arguments.prompts:
+            embeds, negative = pipe.encode_prompt(
+                text, arguments.negative_prompt, guided, max_sequence_length=_TEXT_LENGTH, device=device
+            )
+            encoded.append(EncodedPrompt(text, embeds, negative))
+    pipe.text_encoder = None
+    return encoded
+
+
+def denoise(
+    pipe: Any, arguments: GenerateArguments, prompt: EncodedPrompt, clock: StepClock, image: Any | None
+) -> Tensor:
+    """The final latents `[1, C, T, H, W]`."""
+    inputs: dict[str, Any] = {} if image is None else {"image": image}
+    # A pipeline without a second expert refuses its guidance scale.
+    if arguments.guidance_scale_2 is not None:
+        inputs["guidance_scale_2"] = arguments.guidance_scale_2
+    latents: Tensor = pipe(
+        prompt_embeds=prompt.embeds,
+        negative_prompt_embeds=prompt.negative,
+        height=arguments.height,
+        width=arguments.width,
+        num_frames=arguments.num_frames,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        # On the CPU: the same noise on every rank and device.
+        generator=torch.Generator().manual_seed(arguments.seed),
+        output_type="latent",
+        callback_on_step_end=clock,
+        **inputs,
+    ).frames
+    return latents
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor) -> Tensor:
+    """Frames `[T, H, W, 3]` in [0, 1] on the CPU."""
+    vae = pipe.vae
+    mean, std = (
+        torch.tensor(numbers, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+    pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
+    frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")[0]
+    return frames.permute(0, 2, 3, 1).float().cpu()
+
+
+def save_video(frames: Tensor, path: Path, fps: int) -> None:
+    """Write an mp4."""
+    from diffusers.utils import export_to_video
+
+    with whole_file(path) as temporary:
+        export_to_video(list(frames.numpy()), str(temporary), fps=fps)
+
+
+def first_frame(arguments: GenerateArguments) -> Any:
+    """The image that the video starts from; where none is given, a drawn one."""
+    from PIL import Image
+
+    if arguments.image is not None:
+        with Image.open(arguments.image) as image:
+            return image.convert("RGB")
+    height, width = arguments.height or 1, arguments.width or 1
+    rows, columns = np.mgrid[0:height, 0:width]
+    channels = (rows * 255 // height, columns * 255 // width, (rows // 16 + columns // 16) % 2 * 255)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def _random_prompt(pipe: Any, text: str, guided: bool, device: torch.device) -> EncodedPrompt:
+    generator = torch.Generator().manual_seed(0)
+    config = pipe.transformer.config
+    draws = [torch.randn(1, _TEXT_LENGTH, config.text_dim, generator=generator).to(device) for _ in range(2)]
+    return EncodedPrompt(text, draws[0], draws[1] if guided else None)

@@ -1,0 +1,79 @@
+"""What one forward pass of a Wan transformer knows and its attention processors do not: grid, step, cut of the tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sp_sparse.attention import SparseAttention
+from sp_sparse.parallel.gather import gather_tokens
+from sp_sparse.parallel.mesh import SequenceParallelMesh
+from sp_sparse.parallel.shards import SequenceShards
+from sp_sparse.video import VideoGrid, inverse_order, token_order
+
+# (step, number of steps), each None where unknown
+StepSource = Callable[[], "tuple[int | None, int | None]"]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenPlan:
+    """How the tokens of a grid are ordered and cut.
+
+    Attributes:
+        grid: tokens along time, height and width.
+        shards: the cut over the ranks.
+        local: raster numbers of this rank's tokens, int64 `[S_rank]`.
+        raster: place in the sequence of each raster token, int64 `[S]`.
+    """
+
+    grid: VideoGrid
+    shards: SequenceShards
+    local: Tensor
+    raster: Tensor
+
+
+class WanCall:
+    """The current forward pass of one transformer. Each transformer has its own, so two experts never mix."""
+
+    def __init__(self, mesh: SequenceParallelMesh, order: str, cut: Callable[[VideoGrid], SequenceShards]) -> None:
+        """`cut` gives the shards of a grid; `order` is the token order."""
+        self._mesh, self._order, self._cut = mesh, order, cut
+        self._plans: dict[tuple[VideoGrid, torch.device], TokenPlan] = {}
+        self._plan: TokenPlan | None = None
+        self._step: int | None = None
+        self._num_steps: int | None = None
+
+    def begin(self, grid: VideoGrid, step: int | None, num_steps: int | None, device: torch.device) -> None:
+        """A forward pass over `grid` at `step` starts."""
+        if (grid, device) not in self._plans:
+            permutation = token_order(grid, self._order)
+            shards = self._cut(grid)
+            first, last = shards.range_of(self._mesh.sequence_rank)
+            local, raster = (torch.from_numpy(x.copy()) for x in (permutation[first:last], inverse_order(permutation)))
+            self._plans[grid, device] = TokenPlan(grid, shards, local.to(device), raster.to(device))
+        self._plan, self._step, self._num_steps = self._plans[grid, device], step, num_steps
+
+    @property
+    def plan(self) -> TokenPlan:
+        if self._plan is None:
+            raise RuntimeError("a Wan block was called outside its transformer's forward; call the transformer itself")
+        return self._plan
+
+    @torch.compiler.disable
+    def attend(self, attention: SparseAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Run the layer with what this forward pass knows; opaque to torch.compile, so that no step recompiles."""
+        plan = self.plan
+        return attention(
+            query, key, value, grid=plan.grid, step=self._step, num_steps=self._num_steps, shards=plan.shards
+        )
+
+    def enter(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's tokens, in the token order, of a tensor with all tokens in raster order along `dim`."""
+        return x.index_select(dim, self.plan.local)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """All tokens in raster order, from this rank's `[B, S_rank, C]`."""
+        return gather_tokens(x, self.plan.shards, self._mesh).index_select(1, self.plan.raster)

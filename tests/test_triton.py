@@ -1,0 +1,229 @@
+"""The Triton kernels against dense float64 attention and torch's block means: compiled on GPUs, interpreted on CPUs."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from sp_sparse.kernels.triton import TritonKernel
+from sp_sparse.kernels.triton_means import block_means_triton, runs
+from sp_sparse.mask import BlockMask
+from sp_sparse.selection.summaries import block_means_torch
+from tests.triton_means_cases import CASES, make_tokens
+from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem, to_device
+
+BLOCK_SIZES = TritonKernel.info.block_sizes
+DTYPES = TritonKernel.info.dtypes
+
+needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+
+def on_gpu(test):  # type: ignore[no-untyped-def]
+    """Mark a test that launches a compiled kernel."""
+    test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test)
+    return pytest.mark.gpu(needs_triton(test))
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "empty", poisoned_empty)
+
+
+def attend(problem: Problem, kernel: TritonKernel) -> tuple[Tensor, Tensor]:
+    out, lse = kernel(problem.query, problem.key, problem.value, problem.mask, problem.scale)
+    assert lse is not None
+    return out, lse
+
+
+def assert_same_bits(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
+    for result, other in zip(results, expected, strict=True):
+        assert torch.equal(result, other)
+
+
+@needs_triton
+def test_under_the_interpreter() -> None:
+    here = Path(__file__).parent
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", str(here / "triton_interpreted.py")]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
+    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
+        pytest.skip(done.stdout.strip()[-500:])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    # torch itself may import triton where it is installed, its compiler too, so they come first and what it brought does not count.
+    code = """
+import sys, torch, torch._dynamo
+before = set(sys.modules)
+import sp_sparse, sp_sparse.kernels.triton, sp_sparse.kernels.triton_means
+assert not {name for name in set(sys.modules) - before if name.split(".")[0] == "triton"}
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
+
+
+def test_refuses_tensors_that_do_not_fit_the_mask() -> None:
+    problem = random_problem((64, 64), 64, torch.float16, "cpu", (100, 100))
+    for wrong in (
+        replace(problem, query=problem.query[:, 1:]),
+        replace(problem, key=problem.key[:, 1:]),
+        replace(problem, value=problem.value[:, :, 1:]),
+        replace(problem, value=problem.value.transpose(1, 3).contiguous().transpose(1, 3)),
+        replace(problem, mask=random_mask(torch.Generator(), 1, 3, (64, 64), 100, 100)),
+    ):
+        with pytest.raises(ValueError, match=r"mask|contiguous"):
+            attend(wrong, TritonKernel())
+
+
+@on_gpu
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_matches_dense(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, tma: bool) -> None:
+    for lengths in ((1000, 1500), (1024, 896), (1, 2049)):
+        problem = random_problem(block_size, head_dim, dtype, "cuda", lengths)
+        assert_accurate(*attend(problem, TritonKernel(tma)), problem)
+
+
+@on_gpu
+@pytest.mark.parametrize("tma", [True, False])
+def test_same_bits_for_any_table_tail_and_strides(tma: bool) -> None:
+    problem = random_problem((128, 64), 128, torch.bfloat16, "cuda", (700, 900))
+    expected = attend(problem, TritonKernel(tma))
+    mask = problem.mask
+    clean = BlockMask.from_dense(mask.to_dense(), mask.block_size, mask.query_length, mask.key_length)
+    assert not clean.indices.is_contiguous()
+    heads_first = problem.change(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
+    packed = problem.change(lambda x: torch.stack((x, x, x), 3)[:, :, :, 1])
+    for other in (replace(problem, mask=clean), heads_first, packed):
+        assert_same_bits(attend(other, TritonKernel(tma)), expected)
+
+
+@on_gpu
+@pytest.mark.parametrize("padding", [1, 4])
+def test_falls_back_to_pointers_where_tma_cannot_address(padding: int) -> None:
+    problem = random_problem((64, 64), 64, torch.float16, "cuda", (300, 300))
+    padded = problem.change(lambda x: torch.nn.functional.pad(x, (0, padding))[..., :64])
+    assert_same_bits(attend(padded, TritonKernel()), attend(problem, TritonKernel(tma=False)))
+    shared = problem.change(lambda x: x[:1].expand(2, -1, -1, -1))
+    assert_accurate(*attend(shared, TritonKernel()), shared)
+
+
+@on_gpu
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("scale", [-0.05, 0.0, 1.0])
+def test_any_scale(scale: float, tma: bool) -> None:
+    problem = random_problem((128, 128), 128, torch.bfloat16, "cuda", (300, 500))
+    problem = replace(problem, query=problem.query / 8, scale=scale)
+    assert_accurate(*attend(problem, TritonKernel(tma)), problem)
+
+
+@on_gpu
+@pytest.mark.parametrize("tma", [True, False])
+def test_values_that_are_not_attended_do_not_matter(tma: bool) -> None:
+    problem = random_problem((64, 128), 128, torch.bfloat16, "cuda", (300, 500))
+    expected = attend(problem, TritonKernel(tma))
+    # A buffer longer than the keys, as a ring reuses for shards of different lengths, holds NaN past their end.
+    keys = ("key", "value")
+    longer = problem.change(lambda x: torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 50), value=math.nan)[:, :500], keys)
+    assert_same_bits(attend(longer, TritonKernel(tma)), expected)
+    dense = problem.mask.to_dense()
+    dense[..., 1] = False
+    without = replace(problem, mask=BlockMask.from_dense(dense, (64, 128), 300, 500))
+    poisoned = without.change(lambda x: x.index_fill(1, torch.arange(128, 256, device="cuda"), math.nan), keys)
+    assert_same_bits(attend(poisoned, TritonKernel(tma)), attend(without, TritonKernel(tma)))
+
+
+@on_gpu
+@pytest.mark.parametrize("tma", [True, False])
+def test_ring_hops_merge_to_the_whole(tma: bool) -> None:
+    problem = random_problem((64, 64), 128, torch.bfloat16, "cuda", (500, 700))
+    edges = (0, 192, 192, 448, 700)
+    outs, lses = [], []
+    for mask, start, stop in zip(problem.mask.split_keys(edges), edges[:-1], edges[1:], strict=True):
+        hop = replace(problem, key=problem.key[:, start:stop], value=problem.value[:, start:stop], mask=mask)
+        out, lse = attend(hop, TritonKernel(tma))
+        outs.append(out.double())
+        lses.append(lse.double())
+    total = torch.stack(lses).logsumexp(0)
+    weights = (torch.stack(lses) - total.masked_fill(total.isinf(), 0.0)).exp().transpose(2, 3).unsqueeze(-1)
+    merged = (torch.stack(outs) * weights).sum(0).to(torch.bfloat16)
+    assert_accurate(merged, total.float(), problem)
+
+
+@on_gpu
+@pytest.mark.parametrize("tma", [True, False])
+def test_offsets_past_32_bits(tma: bool) -> None:
+    if torch.cuda.mem_get_info()[0] < 16 << 30:
+        pytest.skip("needs 16 GB of free GPU memory")
+    problem = random_problem((128, 128), 128, torch.bfloat16, "cuda", (150, 300), heads=1)
+    # Tokens lie 2^23 elements apart and batches more than 2^31, so that both products leave 32 bits; half a token's
+    # distance keeps the batches from overlapping.
+    token, batch = 1 << 23, (1 << 31) + (1 << 22)
+    buffer = torch.empty(batch + 300 * token, dtype=torch.bfloat16, device="cuda")
+    offsets = iter((0, 128, 256))
+
+    def spread(x: Tensor) -> Tensor:
+        return buffer.as_strided(x.shape, (batch, token, 128, 1), next(offsets)).copy_(x)
+
+    assert_same_bits(attend(problem.change(spread), TritonKernel(tma)), attend(problem, TritonKernel(tma)))
+
+
+@on_gpu
+def test_empty_sizes() -> None:
+    full = to_device(random_mask(torch.Generator(), 1, 2, (64, 64), 70, 70), "cuda")
+    no_queries = replace(full, indices=full.indices[:, :, :0], counts=full.counts[:, :, :0], query_length=0)
+    no_keys = replace(full, indices=full.indices[..., :0], counts=full.counts * 0, key_length=0)
+    no_heads = replace(full, indices=full.indices[:, :0], counts=full.counts[:, :0])
+    for mask in (no_queries, no_keys, no_heads):
+        heads = mask.counts.shape[1]
+        query, key = (
+            torch.ones(1, n, heads, 64, dtype=torch.float16, device="cuda")
+            for n in (mask.query_length, mask.key_length)
+        )
+        out, lse = TritonKernel()(query, key, key, mask, 1.0)
+        assert out.shape == query.shape
+        assert out.eq(0).all()
+        assert lse is not None
+        assert lse.shape == (1, heads, mask.query_length)
+        assert lse.eq(float("-inf")).all()
+
+
+@on_gpu
+def test_captures_in_a_graph() -> None:
+    """A capture fails on a synchronisation with the host."""
+    problem = random_problem((128, 128), 128, torch.bfloat16, "cuda", (500, 500))
+    expected = attend(problem, TritonKernel())
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out, lse = attend(problem, TritonKernel())
+    graph.replay()
+    assert torch.equal(out, expected[0])
+    assert torch.equal(lse, expected[1])
+
+
+@on_gpu
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("block_size", "head_dim", "length"), CASES)
+def test_block_means_have_the_same_bits_everywhere(
+    block_size: int, head_dim: int, length: int, dtype: torch.dtype
+) -> None:
+    x = make_tokens(length, head_dim, dtype)
+    expected = block_means_torch(x, block_size).contiguous().view(torch.int32)
+    for layout in (x, x.contiguous(), x.transpose(1, 2).contiguous().transpose(1, 2)):
+        there = torch.empty_strided(x.shape, layout.stride(), dtype=dtype, device="cuda").copy_(layout)
+        assert runs(there, block_size)
+        assert torch.equal(block_means_torch(there, block_size).contiguous().cpu().view(torch.int32), expected)
+        assert torch.equal(block_means_triton(there, block_size).cpu().view(torch.int32), expected)
