@@ -167,10 +167,10 @@ MUTATIONS = (
         "shards",
     ),
     Mutation(
-        "padding at block edges attended",
-        "parallel/strategy.py",
-        "if gathered.padding == 0 and all(",
-        "if all(",
+        "padding realigned as if it were tokens",
+        "parallel/shards.py",
+        "        length = self.sequence_length\n",
+        "        length = self.edges[-1]\n",
         "shards",
     ),
     Mutation(
@@ -189,9 +189,9 @@ MUTATIONS = (
     ),
     Mutation(
         "gather_blocks: filler of short shards not trimmed",
-        "parallel/strategy.py",
-        "parts = [part[:count] for",
-        "parts = [part for",
+        "parallel/gather.py",
+        "[part[:length] for part, length",
+        "[part for part, length",
         "shards",
     ),
     # Ulysses

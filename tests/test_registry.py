@@ -239,7 +239,7 @@ def test_layer_checks_the_kernel_against_the_tensors(monkeypatch: pytest.MonkeyP
 def test_layer_asks_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[KernelRequest] = []
 
-    def spy(name: str, request: KernelRequest) -> ReferenceKernel:
+    def spy(name: str, request: KernelRequest, **options: bool) -> ReferenceKernel:
         seen.append(request)
         return ReferenceKernel()
 
