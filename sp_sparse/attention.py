@@ -55,6 +55,8 @@ class SparseAttention:
             ValueError: backend `none`, an unknown backend, one that cannot serve the mesh, fewer heads than Ulysses ranks.
             RuntimeError: the ranks' arguments differ.
         """
+        # First, so that what only one rank would refuse is told to all, and none waits for a rank that has left.
+        mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
         if config.backend == "none":
             raise ValueError("backend 'none' means the model's own attention; choose a backend such as 'auto'")
         if mesh.ring_degree > 1:
@@ -66,7 +68,6 @@ class SparseAttention:
         self.layer, self.expert = layer, expert
         self.strategy = SequenceParallelStrategy(mesh, math.lcm(*config.block_size))
         self.strategy.heads(num_heads)
-        mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
         self._schedule = config.schedule_for(expert)
         self._recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}

@@ -79,6 +79,12 @@ class SequenceParallelMesh:
 
         def axis(name: str) -> tuple[int, ProcessGroup | None]:
             size = mesh[name].size() if name in names else 1
+            # torch sorts the ranks of a group, whatever their order in the mesh.
+            if size > 1 and bool((mesh.mesh.diff(dim=names.index(name)) < 0).any()):
+                raise ValueError(
+                    f"the ranks {mesh.mesh.tolist()} of the device mesh do not ascend along {name!r}, so their places in "
+                    "its groups are not their places in the mesh; order them so that they do"
+                )
             return size, mesh.get_group(name) if size > 1 else None
 
         ulysses_degree, ulysses_group = axis(ulysses_dim)
