@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from sp_sparse import SequenceParallelMesh, SequenceShards, SparseAttention, SparseAttentionConfig, VideoGrid
 from tests.cases import random_tensors
 from tests.oracle import relative_error
-from tests.ranks import run_ranks
+from tests.ranks import run_ranks, world_group
 
 CONFIG = SparseAttentionConfig(backend="reference", schedule="constant", topk=0.4, block_size=(8, 8))
 GRID = VideoGrid(3, 5, 7)
@@ -349,3 +349,20 @@ def test_death_of_a_rank_ends_the_others(ulysses: int, ring: int, victim: int, t
     assert workers[victim].exitcode == 3
     ended = {rank: (tmp_path / f"end-{rank}").read_text() for rank in range(world) if rank != victim}
     assert all(text.startswith("raised ") for text in ended.values()), ended
+
+
+def _check_hung_rank(rank: int) -> None:
+    mesh = SequenceParallelMesh(ring_degree=2, timeout=timedelta(seconds=2))
+    layer = _layer(mesh)
+    world = world_group()
+    if rank == 1:
+        dist.barrier(group=world)  # hangs in another place until rank 0 has given up
+        return
+    first, last = layer.shards(GRID).range_of(0)
+    with pytest.raises(RuntimeError, match=r"(?i)timed out"):
+        layer(*(x[:, first:last] for x in _inputs()), grid=GRID)
+    dist.barrier(group=world)
+
+
+def test_a_hung_rank_is_given_up_after_the_meshs_timeout() -> None:
+    run_ranks(2, _check_hung_rank)

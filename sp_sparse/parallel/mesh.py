@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class SequenceParallelMesh:
         ring_degree: ranks that pass key/value shards around.
         cfg_degree: 2 runs the conditional and the unconditional branch on different ranks; else 1.
         ulysses_group, ring_group, cfg_group: this rank's groups, None where the degree is 1.
+        timeout: how long a rank waits for the others in the groups built here; None leaves torch's default.
 
     Raises:
         ValueError: a degree below 1, or degrees whose product is not the number of ranks.
@@ -38,6 +41,7 @@ class SequenceParallelMesh:
     ulysses_group: ProcessGroup | None = None
     ring_group: ProcessGroup | None = None
     cfg_group: ProcessGroup | None = None
+    timeout: timedelta | None = None
 
     def __post_init__(self) -> None:
         for name in ("ulysses_degree", "ring_degree", "cfg_degree"):
@@ -164,6 +168,10 @@ class SequenceParallelMesh:
                 [i + j * self.sequence_degree for j in range(self.cfg_degree)] for i in range(self.sequence_degree)
             ]
             object.__setattr__(self, "cfg_group", dist.new_subgroups_by_enumeration(pairs)[0])
+        if self.timeout is not None:
+            for group in self.groups:
+                # new_group does not take over the timeout of init_process_group, and yunchang passes none.
+                _set_pg_timeout(self.timeout, group)
 
 
 def _rank(group: ProcessGroup | None) -> int:
