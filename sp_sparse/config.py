@@ -107,11 +107,13 @@ class SparseAttentionConfig:
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
-        """Add `--sparse-attn-…` flags; one that is not given stays absent from the namespace."""
+        """Add `--sparse-attn-…` flags, `_` for `-` accepted; one that is not given stays absent from the namespace."""
         group = parser.add_argument_group("sparse attention")
         for option in fields(cls):
+            flag = f"--sparse-attn-{option.name.replace('_', '-')}"
             group.add_argument(
-                f"--sparse-attn-{option.name.replace('_', '-')}",
+                flag,
+                f"--{flag[2:].replace('-', '_')}",
                 dest=f"sparse_attn_{option.name}",
                 type=option.metadata["parse"],
                 choices=option.metadata["choices"] or None,
