@@ -112,16 +112,20 @@ class SparseAttention:
         scale = self.head_dim**-0.5 if scale is None else scale
         kernel = self.kernel_for(query.device, query.dtype)
 
-        q, k, v, ring_shards, context = self.strategy.pre_attention(query, key, value, shards)
-        mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
-
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
             return dense_attention(q, k, v, scale) if mask is None else kernel(q, k, v, mask, scale)
 
-        out = self.strategy.attend(attend, q, k, v, mask, ring_shards)
+        def attend_heads(q: Tensor, k: Tensor, v: Tensor, ring_shards: SequenceShards) -> Tensor:
+            mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
+            masks.append(mask)
+            return self.strategy.attend(attend, q, k, v, mask, ring_shards)
+
+        # All heads of this rank, or chunk by chunk where that hides communication.
+        masks: list[BlockMask | None] = []
+        out = self.strategy.run(attend_heads, query, key, value, shards)
         if self._recorder is not None:
-            self._recorder.record(self.expert, self.layer, step, mask, kernel.info.name)
-        return self.strategy.post_attention(out, context)
+            self._recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
+        return out
 
     def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
         """The cut that this layer expects by default: ring shards at block edges, as equal as that allows."""

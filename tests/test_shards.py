@@ -18,7 +18,7 @@ from sp_sparse.parallel import realign as realign_module
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
-from sp_sparse.parallel.ulysses import gather_sequence, scatter_sequence
+from sp_sparse.parallel.ulysses import head_ranges, start_gather, start_scatter
 from tests.ranks import run_ranks, world_group
 
 NAN = float("nan")
@@ -196,9 +196,12 @@ def _check_ulysses(rank: int) -> None:
             whole = _coded(batch, sum(tokens), sum(heads))
             held = _shard(whole, shards, rank, NAN)
             for x in (held, held.transpose(1, 2).contiguous().transpose(1, 2)):
-                gathered = gather_sequence(x, tokens, heads, group)
+                (ranges,) = head_ranges(heads)
+                gathered = start_gather(x, tokens, ranges, group).finish()
                 assert torch.equal(gathered, whole[:, :, first_head : first_head + heads[rank]]), (tokens, heads, batch)
-                assert torch.equal(scatter_sequence(gathered, tokens, heads, group), held), (tokens, heads, batch)
+                back = torch.full_like(held, NAN)
+                start_scatter(gathered, tokens, ranges, group).finish(back)
+                assert torch.equal(back, held), (tokens, heads, batch)
 
 
 def test_ulysses_puts_every_token_and_head_in_its_place() -> None:
