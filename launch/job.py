@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import ExitStack
 from dataclasses import fields
+from datetime import timedelta
 from typing import Any
 
 from launch.arguments import GenerateArguments
@@ -83,7 +84,12 @@ def _check(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
 def _attach(
     pipe: Any, arguments: GenerateArguments, recorder: AttentionRecorder
 ) -> tuple[SequenceParallelMesh, SparseWan]:
-    mesh = SequenceParallelMesh(arguments.ulysses_degree, arguments.ring_degree, arguments.cfg_parallel_degree)
+    mesh = SequenceParallelMesh(
+        arguments.ulysses_degree,
+        arguments.ring_degree,
+        arguments.cfg_parallel_degree,
+        timeout=timedelta(seconds=arguments.timeout_s),
+    )
     handle = enable_sparse_attention(pipe, arguments.sparse, mesh, recorder)
     for layer in handle.layers:
         layer.kernel_for(pipe.transformer.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from launch.arguments import GenerateArguments
 from launch.files import whole_file
@@ -69,13 +70,23 @@ def denoise(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Frames `[T, H, W, 3]` in [0, 1] on the CPU."""
+    """Frames `[T, H, W, 3]` in [0, 1] on the CPU, with a progress bar: call it on one rank."""
     vae = pipe.vae
     mean, std = (
         torch.tensor(numbers, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for numbers in (vae.config.latents_mean, vae.config.latents_std)
     )
-    pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
+    # The VAE decodes one latent frame after the other.
+    with tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar:
+
+        def advance(*_: Any) -> None:  # what a hook returns would replace the output
+            bar.update()
+
+        hook = vae.decoder.register_forward_hook(advance)
+        try:
+            pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
+        finally:
+            hook.remove()
     frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")[0]
     return frames.permute(0, 2, 3, 1).float().cpu()
 

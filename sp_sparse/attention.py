@@ -55,6 +55,8 @@ class SparseAttention:
             ValueError: backend `none`, an unknown backend, one that cannot serve the mesh, fewer heads than Ulysses ranks.
             RuntimeError: the ranks' arguments differ.
         """
+        # First, so that what only one rank would refuse is told to all, and none waits for a rank that has left.
+        mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
         if config.backend == "none":
             raise ValueError("backend 'none' means the model's own attention; choose a backend such as 'auto'")
         if mesh.ring_degree > 1:
@@ -66,7 +68,6 @@ class SparseAttention:
         self.layer, self.expert = layer, expert
         self.strategy = SequenceParallelStrategy(mesh, math.lcm(*config.block_size))
         self.strategy.heads(num_heads)
-        mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
         self._schedule = config.schedule_for(expert)
         self._recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
@@ -111,16 +112,20 @@ class SparseAttention:
         scale = self.head_dim**-0.5 if scale is None else scale
         kernel = self.kernel_for(query.device, query.dtype)
 
-        q, k, v, ring_shards, context = self.strategy.pre_attention(query, key, value, shards)
-        mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
-
         def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
             return dense_attention(q, k, v, scale) if mask is None else kernel(q, k, v, mask, scale)
 
-        out = self.strategy.attend(attend, q, k, v, mask, ring_shards)
+        def attend_heads(q: Tensor, k: Tensor, v: Tensor, ring_shards: SequenceShards) -> Tensor:
+            mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
+            masks.append(mask)
+            return self.strategy.attend(attend, q, k, v, mask, ring_shards)
+
+        # All heads of this rank, or chunk by chunk where that hides communication.
+        masks: list[BlockMask | None] = []
+        out = self.strategy.run(attend_heads, query, key, value, shards)
         if self._recorder is not None:
-            self._recorder.record(self.expert, self.layer, step, mask, kernel.info.name)
-        return self.strategy.post_attention(out, context)
+            self._recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
+        return out
 
     def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
         """The cut that this layer expects by default: ring shards at block edges, as equal as that allows."""

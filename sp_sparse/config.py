@@ -77,7 +77,8 @@ class SparseAttentionConfig:
     token_order: str = _option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "block_size", tuple(self.block_size))
+        size = self.block_size
+        object.__setattr__(self, "block_size", (size, size) if isinstance(size, int) else tuple(size))
         object.__setattr__(self, "schedule_table", _rows(self.schedule_table))
         object.__setattr__(self, "schedule_table_2", _rows(self.schedule_table_2))
         for option in fields(self):
@@ -106,11 +107,13 @@ class SparseAttentionConfig:
 
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
-        """Add `--sparse-attn-…` flags; one that is not given stays absent from the namespace."""
+        """Add `--sparse-attn-…` flags, `_` for `-` accepted; one that is not given stays absent from the namespace."""
         group = parser.add_argument_group("sparse attention")
         for option in fields(cls):
+            flag = f"--sparse-attn-{option.name.replace('_', '-')}"
             group.add_argument(
-                f"--sparse-attn-{option.name.replace('_', '-')}",
+                flag,
+                f"--{flag[2:].replace('-', '_')}",
                 dest=f"sparse_attn_{option.name}",
                 type=option.metadata["parse"],
                 choices=option.metadata["choices"] or None,
@@ -120,14 +123,15 @@ class SparseAttentionConfig:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
-        """From `{"topk": 0.3, …}`, refusing unknown names."""
+        """From `{"topk": 0.3, …}`, refusing unknown names; texts are read as the flags are."""
         known = {option.name for option in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
                 f"unknown sparse attention options {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
-        return cls(**values)
+        parsers = {option.name: option.metadata["parse"] for option in fields(cls)}
+        return cls(**{n: parsers[n](v) if isinstance(v, str) else v for n, v in values.items()})
 
     @classmethod
     def from_flags(cls, namespace: argparse.Namespace) -> SparseAttentionConfig:

@@ -6,7 +6,7 @@ Shape letters used in this package: B batch, H heads, S tokens, D head dimension
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -80,6 +80,14 @@ class BlockMask:
         indices = torch.zeros(*dense.shape[:-1], width + 1, dtype=torch.int32, device=dense.device)
         indices.scatter_(-1, position, columns)
         return cls(indices[..., :width], counts, block_size, query_length, key_length)
+
+    @classmethod
+    def join_heads(cls, masks: Sequence[BlockMask]) -> BlockMask:
+        """The mask of the heads of several masks, alike in everything else."""
+        if len(masks) == 1:
+            return masks[0]
+        indices, counts = (torch.cat([getattr(mask, name) for mask in masks], dim=1) for name in ("indices", "counts"))
+        return replace(masks[0], indices=indices, counts=counts)
 
     def to_dense(self) -> Tensor:
         """The bool mask over blocks, `[B, H, Nq, Nk]`."""

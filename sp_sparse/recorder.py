@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,14 +34,16 @@ class AttentionRecorder:
     _attended: dict[_Place, Tensor] = field(default_factory=dict)
     _possible: Counter[_Place] = field(default_factory=Counter)
 
-    def record(self, expert: int, layer: int, step: int | None, mask: BlockMask | None, kernel: str) -> None:
-        """Note a call; `mask` is None where it was dense."""
+    def record(self, expert: int, layer: int, step: int | None, masks: Sequence[BlockMask | None], kernel: str) -> None:
+        """Note a call by the masks of its chunks of heads; they are None where it was dense."""
         place = (expert, layer, step)
-        if mask is None:
+        sparse = [mask for mask in masks if mask is not None]
+        if not sparse:
             self._calls["dense"] += 1
             self._dense[place] += 1
             return
         self._calls[kernel] += 1
+        mask = BlockMask.join_heads(sparse)
         if self.keep_masks:
             self.masks.append((expert, layer, step, mask))
         pairs = mask.attended_pairs()

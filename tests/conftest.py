@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import Phase, settings
 
 torch.set_num_threads(1)
+
+# No deadline: nothing here asserts a time. Derandomised: a failure on one machine is a failure on every machine.
+settings.register_profile("sp_sparse", deadline=None, max_examples=50, derandomize=True, database=None)
+# For tests/mutations.py, which only asks whether a test fails, not on which smallest input.
+settings.register_profile("no_shrink", settings.get_profile("sp_sparse"), phases=(Phase.explicit, Phase.generate))
+settings.load_profile("sp_sparse")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

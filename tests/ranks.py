@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import ProcessGroup
 
 
 def run_ranks(world: int, function: Callable[..., None], *arguments: Any, timeout_s: float = 60.0) -> None:
@@ -24,6 +25,13 @@ def run_ranks(world: int, function: Callable[..., None], *arguments: Any, timeou
             join=True,
             start_method="fork",
         )
+
+
+def world_group() -> ProcessGroup:
+    """The default process group, as a group that calls can be given."""
+    group = dist.group.WORLD
+    assert group is not None
+    return group
 
 
 def _rank_main(

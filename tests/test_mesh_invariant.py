@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -94,7 +95,9 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
         expected, expected_mask = _single(config, grid, heads, batch)
         tensors = _inputs(grid, heads, batch, config.token_order)
         layer, recorder = _layer(config, mesh, heads)
-        for shards in (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree)):
+        cuts = (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree))
+        for shards, chunks in product(cuts, (1, 3) if ulysses > 1 else (1,)):
+            layer.strategy = replace(layer.strategy, head_chunks=chunks)
             first, last = shards.range_of(mesh.sequence_rank)
             held = shards.lengths[mesh.sequence_rank]
             # What a framework pads with is its own affair: NaN here shows if a padding token is ever attended.

@@ -61,7 +61,7 @@ def test_under_the_interpreter() -> None:
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
-    # torch itself may import triton where it is installed, its compiler too, so they come first and what it brought does not count.
+    # torch and its compiler may import triton where it is installed: they come first, and what they bring does not count.
     code = """
 import sys, torch, torch._dynamo
 before = set(sys.modules)

@@ -16,7 +16,9 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
     attention: cuDNN's where that runs, else FlashAttention-2. Elsewhere it computes slices of queries in fp32.
     """
     if key.shape[1] == 0:
-        lse = torch.full((query.shape[0], query.shape[2], query.shape[1]), float("-inf"), device=query.device)
+        lse = query.new_full(
+            (query.shape[0], query.shape[2], query.shape[1]), float("-inf"), dtype=_compute_dtype(query)
+        )
         return torch.zeros_like(query), lse
     if query.numel() and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _fused(query, key, value, scale)
@@ -42,8 +44,7 @@ def _cudnn_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
 
 
 def _sliced(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    compute = torch.float64 if query.dtype == torch.float64 else torch.float32
-    q, k, v = (x.transpose(1, 2).to(compute) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2).to(_compute_dtype(query)) for x in (query, key, value))
     rows = max(1, _BUDGET // max(1, k.shape[0] * k.shape[1] * k.shape[2]))
     outs, lses = [], []
     for part in (q * scale).split(rows, dim=2):
@@ -52,3 +53,7 @@ def _sliced(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
         outs.append((scores - lse.unsqueeze(-1)).exp() @ v)
         lses.append(lse)
     return torch.cat(outs, 2).transpose(1, 2).to(query.dtype), torch.cat(lses, 2)
+
+
+def _compute_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32

@@ -73,7 +73,8 @@ def _blocks(x: Tensor, size: int, dtype: torch.dtype) -> Tensor:
 
 def _attend_rows(query: Tensor, key: Tensor, value: Tensor, source: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
     k = key[source].flatten(1, 2)
-    v = value[source].flatten(1, 2)
+    # Weights of 0 do not silence a NaN or inf in a key block that is loaded but not attended.
+    v = value[source].flatten(1, 2).masked_fill(~valid.unsqueeze(2), 0.0)
     scores = (query @ k.transpose(1, 2)).masked_fill(~valid.unsqueeze(1), float("-inf"))
     lse = scores.logsumexp(-1)
     # A row without keys has lse = -inf; subtracting 0 instead keeps its weights exp(-inf) = 0, not NaN.

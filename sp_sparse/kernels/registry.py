@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 
@@ -59,7 +60,10 @@ def load_kernel(name: str) -> Kernel:
     if path is None:
         for point in entry_points(group=ENTRY_POINT_GROUP):
             if point.name == name:
-                kernel: Kernel = point.load()()
+                try:
+                    kernel: Kernel = point.load()()
+                except (ImportError, AttributeError) as error:
+                    raise ValueError(f"sparse attention backend {name!r} cannot be loaded: {error}") from error
                 return kernel
         if ":" not in name:
             raise ValueError(
@@ -129,7 +133,7 @@ def check_returns_lse(name: str) -> None:
     """
     if name == "auto" or load_kernel(name).info.returns_lse:
         return
-    able = [other for other in kernel_names() if load_kernel(other).info.returns_lse]
+    able = [other for other, kernel in _loadable().items() if kernel.info.returns_lse]
     raise ValueError(
         f"sparse attention backend {name!r} returns no LSE, which ring parallelism needs to merge its hops; "
         f"use {', '.join(able)}, or ring_degree=1"
@@ -145,5 +149,14 @@ def _wrong_capability(kernel: Kernel, capability: tuple[int, int]) -> str | None
 
 
 def _remedy(request: KernelRequest) -> str:
-    able = [name for name in kernel_names() if why_not(load_kernel(name), request) is None]
+    able = [name for name, kernel in _loadable().items() if why_not(kernel, request) is None]
     return f"use {', '.join(('auto', *able))}" if able else "no installed backend can"
+
+
+def _loadable() -> dict[str, Kernel]:
+    """The kernels that a remedy may name: one that cannot be loaded must not hide the error that is being told."""
+    kernels = {}
+    for name in kernel_names():
+        with suppress(ValueError):
+            kernels[name] = load_kernel(name)
+    return kernels

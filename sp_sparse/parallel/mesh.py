@@ -6,10 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +28,7 @@ class SequenceParallelMesh:
         ring_degree: ranks that pass key/value shards around.
         cfg_degree: 2 runs the conditional and the unconditional branch on different ranks; else 1.
         ulysses_group, ring_group, cfg_group: this rank's groups, None where the degree is 1.
+        timeout: how long a rank waits for the others in the groups built here; None leaves torch's default.
 
     Raises:
         ValueError: a degree below 1, or degrees whose product is not the number of ranks.
@@ -38,6 +41,7 @@ class SequenceParallelMesh:
     ulysses_group: ProcessGroup | None = None
     ring_group: ProcessGroup | None = None
     cfg_group: ProcessGroup | None = None
+    timeout: timedelta | None = None
 
     def __post_init__(self) -> None:
         for name in ("ulysses_degree", "ring_degree", "cfg_degree"):
@@ -79,6 +83,12 @@ class SequenceParallelMesh:
 
         def axis(name: str) -> tuple[int, ProcessGroup | None]:
             size = mesh[name].size() if name in names else 1
+            # torch sorts the ranks of a group, whatever their order in the mesh.
+            if size > 1 and bool((mesh.mesh.diff(dim=names.index(name)) < 0).any()):
+                raise ValueError(
+                    f"the ranks {mesh.mesh.tolist()} of the device mesh do not ascend along {name!r}, so their places in "
+                    "its groups are not their places in the mesh; order them so that they do"
+                )
             return size, mesh.get_group(name) if size > 1 else None
 
         ulysses_degree, ulysses_group = axis(ulysses_dim)
@@ -158,6 +168,10 @@ class SequenceParallelMesh:
                 [i + j * self.sequence_degree for j in range(self.cfg_degree)] for i in range(self.sequence_degree)
             ]
             object.__setattr__(self, "cfg_group", dist.new_subgroups_by_enumeration(pairs)[0])
+        if self.timeout is not None:
+            for group in self.groups:
+                # new_group does not take over the timeout of init_process_group, and yunchang passes none.
+                _set_pg_timeout(self.timeout, group)
 
 
 def _rank(group: ProcessGroup | None) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sp_sparse.mask import BlockMask, num_blocks
 from sp_sparse.parallel.gather import all_gather_uneven
@@ -13,7 +14,14 @@ from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.ring import ring_attention
 from sp_sparse.parallel.shards import SequenceShards, split_evenly
-from sp_sparse.parallel.ulysses import gather_sequence, scatter_sequence
+from sp_sparse.parallel.ulysses import (
+    Gathering,
+    HeadRanges,
+    Scattering,
+    head_ranges,
+    start_gather,
+    start_scatter,
+)
 
 # (query, key, value, mask or None for dense) -> (out, lse or None)
 Attend = Callable[[Tensor, Tensor, Tensor, "BlockMask | None"], "tuple[Tensor, Tensor | None]"]
@@ -44,10 +52,12 @@ class SequenceParallelStrategy:
     Attributes:
         mesh: the process groups.
         block: tokens to a multiple of which ring shards start: a multiple of both block sizes of the masks.
+        head_chunks: in how many parts `run` exchanges a rank's heads under Ulysses, each while another is attended.
     """
 
     mesh: SequenceParallelMesh
     block: int
+    head_chunks: int = 2
 
     @property
     def enabled(self) -> bool:
@@ -86,9 +96,9 @@ class SequenceParallelStrategy:
         context = ParallelContext(metadata, gathered, heads)
         tensors = query, key, value
         if self.mesh.ulysses_group is not None:
-            tokens = self._group_tokens(metadata)
-            group = self.mesh.ulysses_group
-            tensors = tuple(gather_sequence(x, tokens, heads, group) for x in tensors)  # type: ignore[assignment]
+            (ranges,) = head_ranges(heads)
+            pending = [self._start_gather(x, metadata, ranges, self.mesh.ulysses_group) for x in tensors]
+            tensors = tuple(gathering.finish() for gathering in pending)  # type: ignore[assignment]
         aligned = gathered.realigned(self.block)
         if aligned != gathered:
             tensors = realign(tensors, gathered, aligned, self.mesh.ring_group)  # type: ignore[assignment]
@@ -128,9 +138,48 @@ class SequenceParallelStrategy:
         if aligned != context.gathered:
             (out,) = realign((out,), aligned, context.gathered, self.mesh.ring_group)
         if self.mesh.ulysses_group is not None:
-            tokens = self._group_tokens(context.shards)
-            out = scatter_sequence(out, tokens, context.heads, self.mesh.ulysses_group)
+            (ranges,) = head_ranges(context.heads)
+            scattering = self._start_scatter(out, context.shards, ranges, self.mesh.ulysses_group)
+            out = self._empty_out(out, context.shards, sum(context.heads))
+            scattering.finish(out)
         return out
+
+    def run(
+        self,
+        body: Callable[[Tensor, Tensor, Tensor, SequenceShards], Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        metadata: SequenceShards,
+    ) -> Tensor:
+        """`pre_attention`, `body`, `post_attention`; under Ulysses with communication hidden behind the work on other heads.
+
+        Args:
+            body: (query, key, value, cut over the ring) -> out, as between `pre_attention` and `post_attention`; it is
+                called once for every chunk of this rank's heads.
+            query, key, value, metadata: as for `pre_attention`.
+        """
+        heads = self.heads(query.shape[2])
+        group = self.mesh.ulysses_group
+        gathered = metadata.grouped(self.mesh.ulysses_degree)
+        chunks = min(self.head_chunks, *heads)
+        if group is None or chunks == 1 or gathered.realigned(self.block) != gathered:
+            q, k, v, ring_shards, context = self.pre_attention(query, key, value, metadata)
+            return self.post_attention(body(q, k, v, ring_shards), context)
+        self._check_held(query, metadata)
+        ranges = head_ranges(heads, chunks)
+        returning = []
+        arriving = [self._start_gather(x, metadata, ranges[0], group) for x in (query, key, value)]
+        for chunk in range(chunks):
+            q, k, v = (gathering.finish() for gathering in arriving)
+            if chunk + 1 < chunks:
+                arriving = [self._start_gather(x, metadata, ranges[chunk + 1], group) for x in (query, key, value)]
+            out = body(q, k, v, gathered)
+            returning.append(self._start_scatter(out, metadata, ranges[chunk], group))
+        result = self._empty_out(query, metadata, query.shape[2])
+        for scattering in returning:
+            scattering.finish(result)
+        return result
 
     def gather_blocks(self, summaries: Tensor, metadata: SequenceShards, block: int) -> Tensor:
         """Put the block summaries of every ring shard together: `[B, H, N_shard, D]` -> `[B, H, N, D]`."""
@@ -139,6 +188,15 @@ class SequenceParallelStrategy:
             return summaries
         counts = [num_blocks(length, block) for length in metadata.lengths]
         return all_gather_uneven(summaries, counts, group, dim=2)
+
+    def _start_gather(self, x: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup) -> Gathering:
+        return start_gather(x, self._group_tokens(shards), ranges, group)
+
+    def _start_scatter(self, x: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup) -> Scattering:
+        return start_scatter(x, self._group_tokens(shards), ranges, group)
+
+    def _empty_out(self, like: Tensor, shards: SequenceShards, num_heads: int) -> Tensor:
+        return like.new_empty(like.shape[0], shards.lengths[self.mesh.sequence_rank], num_heads, like.shape[3])
 
     def _group_tokens(self, shards: SequenceShards) -> tuple[int, ...]:
         first = self.mesh.ring_rank * self.mesh.ulysses_degree

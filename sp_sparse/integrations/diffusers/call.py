@@ -62,9 +62,8 @@ class WanCall:
             raise RuntimeError("a Wan block was called outside its transformer's forward; call the transformer itself")
         return self._plan
 
-    @torch.compiler.disable
     def attend(self, attention: SparseAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Run the layer with what this forward pass knows; opaque to torch.compile, so that no step recompiles."""
+        """Run the layer with what this forward pass knows."""
         plan = self.plan
         return attention(
             query, key, value, grid=plan.grid, step=self._step, num_steps=self._num_steps, shards=plan.shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from sp_sparse.attention import SparseAttention
 from sp_sparse.integrations.diffusers.call import WanCall
+from sp_sparse.integrations.diffusers.opaque import OpaqueCall
 
 
 class SparseWanProcessor:
@@ -18,8 +20,7 @@ class SparseWanProcessor:
     """
 
     def __init__(self, attention: SparseAttention, call: WanCall) -> None:
-        self.attention = attention
-        self.call = call
+        self._attend = OpaqueCall(partial(call.attend, attention))
 
     def __call__(
         self,
@@ -41,7 +42,7 @@ class SparseWanProcessor:
         query, key, value = (x.unflatten(2, (attn.heads, -1)) for x in (attn.norm_q(query), attn.norm_k(key), value))
         if rotary_emb is not None:
             query, key = _rotate(query, *rotary_emb), _rotate(key, *rotary_emb)
-        out = self.call.attend(self.attention, query, key, value).flatten(2, 3).type_as(query)
+        out = self._attend(query, key, value).flatten(2, 3).type_as(query)
         return attn.to_out[1](attn.to_out[0](out))
 
 

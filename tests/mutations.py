@@ -1,0 +1,483 @@
+"""Would the tests notice? Breaks the source one line at a time and runs the tests that should fail.
+
+Not collected by pytest. From the root of the repository, in an environment with the `dev` extra:
+
+    python tests/mutations.py                 # all of them, two at a time; some minutes
+    python tests/mutations.py --only ring     # those whose description or file contains "ring"
+    python tests/mutations.py --workers 1
+
+Each mutation replaces one piece of text, which must occur exactly once in its file, in a temporary copy of the tree;
+its test files then run there with `-x`. `killed` means that a test failed (or a rank hung, and the time limit ended
+it); `SURVIVED` that all passed: a test is missing. `stale` means that the source has changed and the mutation must be
+rewritten. The exit status is 1 unless every mutation was killed. A new rule of the code deserves a mutation here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TIME_LIMIT_S = 180
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """`old` becomes `new` in `sp_sparse/<file>`; `tests` are names of test files without `test_` and `.py`."""
+
+    what: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = (
+    # Ring
+    Mutation(
+        "hop direction (rank + hop)",
+        "parallel/ring.py",
+        "(rank - hop) % ranks, (rank - hop - 1) % ranks",
+        "(rank + hop) % ranks, (rank + hop + 1) % ranks",
+        "ring",
+    ),
+    Mutation(
+        "hop direction, seen by the whole layer only",
+        "parallel/ring.py",
+        "(rank - hop) % ranks, (rank - hop - 1) % ranks",
+        "(rank + hop) % ranks, (rank + hop + 1) % ranks",
+        "mesh_invariant",
+    ),
+    Mutation(
+        "shards sent the other way round", "parallel/ring.py", "for step in (1, -1)", "for step in (-1, 1)", "ring"
+    ),
+    Mutation("ring: missing wait", "parallel/ring.py", "            work.wait()", "            pass", "ring"),
+    Mutation("ring: one receive buffer", "parallel/ring.py", "buffer = spare[hop % 2]", "buffer = spare[0]", "ring"),
+    Mutation(
+        "ring: merges in bf16", "parallel/ring.py", "merged = out.to(lse.dtype), lse", "merged = out, lse", "ring"
+    ),
+    Mutation(
+        "mask columns of the wrong hop",
+        "parallel/strategy.py",
+        "else hops[owner]",
+        "else hops[(2 * self.mesh.ring_rank - owner) % len(hops)]",
+        "mesh_invariant",
+    ),
+    # Merge
+    Mutation(
+        "merge weights swapped",
+        "parallel/merge.py",
+        "for side in (lse, new_lse)",
+        "for side in (new_lse, lse)",
+        "merge",
+    ),
+    Mutation(
+        "merge unsafe where neither side saw a key",
+        "parallel/merge.py",
+        'floor = torch.where(total == float("-inf"), 0.0, total)',
+        "floor = total",
+        "merge",
+    ),
+    Mutation("merge in log2", "parallel/merge.py", "torch.logaddexp(lse", "torch.logaddexp2(lse", "merge"),
+    # Ranks
+    Mutation(
+        "ulysses_rank for ring_rank in the tokens of a group",
+        "parallel/strategy.py",
+        "first = self.mesh.ring_rank * self",
+        "first = self.mesh.ulysses_rank * self",
+        "shards",
+    ),
+    Mutation(
+        "ulysses_rank for ring_rank in the static blocks",
+        "attention.py",
+        "shards.range_of(self.mesh.ring_rank)",
+        "shards.range_of(self.mesh.ulysses_rank)",
+        "mesh_invariant",
+    ),
+    Mutation(
+        "sequence rank with ring fastest",
+        "parallel/mesh.py",
+        "return self.ring_rank * self.ulysses_degree + self.ulysses_rank",
+        "return self.ulysses_rank * self.ring_degree + self.ring_rank",
+        "mesh_errors",
+    ),
+    Mutation(
+        "ranks may differ in arguments",
+        "parallel/mesh.py",
+        "if len(set(mine.values())) > 1:",
+        "if False:",
+        "mesh_errors",
+    ),
+    Mutation("ranks may differ in degrees", "parallel/mesh.py", "if len(set(asked)) > 1:", "if False:", "mesh_errors"),
+    Mutation(
+        "environment not restored",
+        "parallel/mesh.py",
+        "            os.environ.pop(name, None)",
+        "            pass",
+        "mesh_errors",
+    ),
+    Mutation(
+        "own checks before the ranks are compared",
+        "attention.py",
+        'mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))',
+        'config.backend == "none" or mesh.check_same("sparse attention settings", (config, num_heads, head_dim))',
+        "mesh_errors",
+    ),
+    Mutation(
+        "device mesh with unsorted ranks taken",
+        "parallel/mesh.py",
+        "if size > 1 and bool(",
+        "if False and bool(",
+        "mesh_errors",
+    ),
+    # Shards
+    Mutation(
+        "realign off by one token",
+        "parallel/shards.py",
+        "(edge + block // 2) // block * block,",
+        "(edge + block // 2) // block * block + 1,",
+        "shards",
+    ),
+    Mutation(
+        "realign rounds edges down", "parallel/shards.py", "(edge + block // 2) // block", "edge // block", "shards"
+    ),
+    Mutation(
+        "realign keeps the wrong tokens",
+        "parallel/realign.py",
+        "x[:, keep[0] - held[0] : keep[1] - held[0]]",
+        "x[:, : keep[1] - keep[0]]",
+        "shards",
+    ),
+    Mutation("realign: missing wait", "parallel/realign.py", "        work.wait()", "        pass", "shards"),
+    Mutation("realign: padding not 0", "parallel/realign.py", "x.new_zeros(", "x.new_ones(", "shards"),
+    Mutation(
+        "realign: pieces in order of arrival",
+        "parallel/realign.py",
+        "for peer in sorted(parts)]",
+        "for peer in parts]",
+        "shards",
+    ),
+    Mutation(
+        "padding realigned as if it were tokens",
+        "parallel/shards.py",
+        "        length = self.sequence_length\n",
+        "        length = self.edges[-1]\n",
+        "shards",
+    ),
+    Mutation(
+        "ranges hold padding",
+        "parallel/shards.py",
+        "min(self.edges[rank + 1], self.sequence_length)",
+        "self.edges[rank + 1]",
+        "mesh_invariant",
+    ),
+    Mutation(
+        "spare blocks all go to the last ring shard",
+        "parallel/shards.py",
+        "for count in split_evenly(blocks, ring_degree)",
+        "for count in [blocks // ring_degree] * (ring_degree - 1) + [blocks]",
+        "shards",
+    ),
+    Mutation(
+        "gather_blocks: filler of short shards not trimmed",
+        "parallel/gather.py",
+        "[part[:length] for part, length",
+        "[part for part, length",
+        "shards",
+    ),
+    # Ulysses
+    Mutation(
+        "heads split as if they divided",
+        "parallel/ulysses.py",
+        "firsts = (0, *accumulate(heads))\n    of_rank",
+        "firsts = tuple(i * heads[-1] for i in range(len(heads)))\n    of_rank",
+        "shards",
+    ),
+    Mutation(
+        "heads split in the other order",
+        "parallel/ulysses.py",
+        "zip(send.split(sent), ranges, strict=True)",
+        "zip(send.split(sent), ranges[::-1], strict=True)",
+        "shards",
+    ),
+    Mutation(
+        "Ulysses mixes batch and tokens",
+        "parallel/ulysses.py",
+        "self.arriving.transpose(0, 1).contiguous()",
+        "self.arriving.view(self.arriving.shape[1], -1, *self.arriving.shape[2:])",
+        "shards",
+    ),
+    Mutation(
+        "the next chunk's heads are those of this one",
+        "parallel/strategy.py",
+        "self._start_gather(x, metadata, ranges[chunk + 1], group)",
+        "self._start_gather(x, metadata, ranges[chunk], group)",
+        "mesh_invariant",
+    ),
+    # Mask
+    Mutation("split keys not rebased", "mask.py", "source.long()) - first)", "source.long()))", "mask"),
+    Mutation("split keys off by one block", "mask.py", "(ordered < block)", "(ordered <= block)", "mask"),
+    Mutation(
+        "split keys reads table tails",
+        "mask.py",
+        "ordered = torch.where(self._used(), self.indices, self.num_key_blocks)",
+        "ordered = self.indices",
+        "mask",
+    ),
+    Mutation(
+        "density of whole blocks",
+        "mask.py",
+        "return (length - starts).clamp_(max=size)",
+        "return torch.full_like(starts, size)",
+        "mask",
+    ),
+    # Kernels
+    Mutation(
+        "key tail not masked",
+        "kernels/reference.py",
+        "valid = used.unsqueeze(-1) & (token < mask.key_length)",
+        "valid = used.unsqueeze(-1) & (token >= 0)",
+        "reference_kernel",
+    ),
+    Mutation(
+        "table tails attended",
+        "kernels/reference.py",
+        "valid = used.unsqueeze(-1) & (token < mask.key_length)",
+        "valid = token < mask.key_length",
+        "reference_kernel",
+    ),
+    Mutation(
+        "NaN of unattended blocks let through",
+        "kernels/reference.py",
+        ".masked_fill(~valid.unsqueeze(2), 0.0)",
+        "",
+        "reference_kernel",
+    ),
+    Mutation(
+        "NaN for rows that attend nothing",
+        "kernels/reference.py",
+        "torch.where(lse.isinf(), 0.0, lse).unsqueeze(-1)",
+        "lse.unsqueeze(-1)",
+        "reference_kernel",
+    ),
+    Mutation(
+        "LSE in log2",
+        "kernels/reference.py",
+        "return weights @ v, lse",
+        "return weights @ v, lse / 0.6931471805599453",
+        "reference_kernel",
+    ),
+    Mutation(
+        "wrong head's keys",
+        "kernels/reference.py",
+        "head * mask.num_key_blocks",
+        "head * mask.num_query_blocks",
+        "reference_kernel",
+    ),
+    Mutation(
+        "dense LSE in log2",
+        "kernels/dense.py",
+        "lses.append(lse)",
+        "lses.append(lse / 0.6931471805599453)",
+        "reference_kernel",
+    ),
+    Mutation(
+        "silent dense fallback",
+        "attention.py",
+        "if mask is None else kernel(",
+        "if True else kernel(",
+        "mesh_invariant",
+    ),
+    Mutation(
+        "kernel without LSE taken for ring",
+        "attention.py",
+        "if mesh.ring_degree > 1:\n            check",
+        "if False:\n            check",
+        "registry",
+    ),
+    # Selection
+    Mutation(
+        "ties to the higher block",
+        "selection/topk.py",
+        "(spare - torch.arange(num_keys, device=scores.device))",
+        "torch.arange(num_keys, device=scores.device)",
+        "selection",
+    ),
+    Mutation("-0.0 below 0.0", "selection/topk.py", "(scores + 0.0).view", "scores.view", "selection"),
+    Mutation(
+        "negative scores in the wrong order",
+        "selection/topk.py",
+        "bits = torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)",
+        "bits = bits + 0",
+        "selection",
+    ),
+    Mutation(
+        "share rounded down",
+        "selection/topk.py",
+        "math.ceil(density * num_key_blocks - 1e-9)",
+        "int(density * num_key_blocks)",
+        "selection",
+    ),
+    Mutation("share rounded up past whole blocks", "selection/topk.py", " - 1e-9", "", "selection"),
+    Mutation(
+        "table not ascending",
+        "selection/topk.py",
+        "chosen.sort(dim=-1).values.clamp_",
+        "chosen.flip(-1).clamp_",
+        "selection",
+    ),
+    Mutation(
+        "more static blocks than the share are cut",
+        "selection/topk.py",
+        "width = max(keep, static.most)",
+        "width = keep",
+        "selection",
+    ),
+    Mutation(
+        "diagonal offset",
+        "selection/static.py",
+        "starts // key_block - window",
+        "starts // key_block + 1 - window",
+        "selection",
+    ),
+    Mutation(
+        "diagonal one block too wide",
+        "selection/static.py",
+        "(ends - 1) // key_block",
+        "ends // key_block",
+        "selection",
+    ),
+    Mutation(
+        "first frame needs whole blocks",
+        "selection/static.py",
+        "np.logical_or.reduceat",
+        "np.logical_and.reduceat",
+        "selection",
+    ),
+    Mutation(
+        "block means by floating-point sums",
+        "selection/summaries.py",
+        "return total * _reciprocal(count)",
+        "return tokens.float().mean(2)",
+        "selection",
+    ),
+    Mutation(
+        "one exponent for all heads",
+        "selection/summaries.py",
+        "amax(dim=(2, 4), keepdim",
+        "amax(dim=(2, 3, 4), keepdim",
+        "selection",
+    ),
+    Mutation(
+        "scores too wide to be exact", "selection/summaries.py", "_SCORE_BITS = 20", "_SCORE_BITS = 24", "selection"
+    ),
+    Mutation(
+        "scores in fp32",
+        "selection/summaries.py",
+        "query.double() @ key.double().transpose(-1, -2)",
+        "(query @ key.transpose(-1, -2)).double()",
+        "selection",
+    ),
+    # Video, schedule, configuration
+    Mutation(
+        "tiles walked along height first",
+        "video.py",
+        "w // TILE[2], h // TILE[1], t",
+        "h // TILE[1], w // TILE[2], t",
+        "video",
+    ),
+    Mutation("Hilbert curve without Gray code", "video.py", "x[axis] ^= x[axis - 1]", "pass", "video"),
+    Mutation(
+        "quarter of the steps rounded down", "schedule.py", "math.ceil(num_steps / 4)", "num_steps // 4", "schedule"
+    ),
+    Mutation(
+        "second expert's topk ignored", "config.py", "topk if self.topk_2 is None else self.topk_2", "topk", "config"
+    ),
+)
+
+
+def run(mutation: Mutation) -> str:
+    """killed, SURVIVED, or stale."""
+    with tempfile.TemporaryDirectory() as folder:
+        tree = Path(folder)
+        for name in ("sp_sparse", "tests"):
+            shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "pyproject.toml", tree)
+        source = tree / "sp_sparse" / mutation.file
+        text = source.read_text() if source.exists() else ""
+        if text.count(mutation.old) != 1:
+            return "stale"
+        source.write_text(text.replace(mutation.old, mutation.new))
+        tests = [f"tests/test_{name}.py" for name in mutation.tests.split()]
+        return "SURVIVED" if passes(tree, tests) else "killed"
+
+
+def passes(tree: Path, tests: list[str]) -> bool:
+    """Whether all tests pass in a tree; a run past the time limit counts as a failure."""
+    environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    where = "import importlib.util as u; print(u.find_spec('sp_sparse').origin)"
+    found = subprocess.run([sys.executable, "-c", where], cwd=tree, env=environment, capture_output=True, text=True)
+    if found.returncode == 0 and not found.stdout.startswith(str(tree)):
+        raise RuntimeError(f"tests would run against {found.stdout.strip()}, not the copy in {tree}")
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--timeout=60",
+            "--hypothesis-profile=no_shrink",
+            *tests,
+        ],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,  # so that ranks that hang are ended with it
+    )
+    try:
+        status = process.wait(TIME_LIMIT_S)
+    except subprocess.TimeoutExpired:
+        status = -1
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if status not in (-1, 0, 1):
+        raise RuntimeError(f"pytest exited with {status} for {tests}: nothing was tested")
+    return status == 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="break the source one line at a time and see whether the tests notice")
+    parser.add_argument("--only", default="", help="mutations whose description or file contains this text")
+    parser.add_argument("--workers", type=int, default=2, help="mutations tested at a time (default: 2)")
+    options = parser.parse_args()
+    chosen = [m for m in MUTATIONS if options.only in m.what or options.only in m.file]
+    whole = sorted({f"tests/test_{name}.py" for m in chosen for name in m.tests.split()})
+    if not passes(ROOT, whole):
+        print("the tests fail without any mutation")
+        return 1
+    results: list[str] = []
+    with ThreadPoolExecutor(options.workers) as pool:
+        for mutation, result in zip(chosen, pool.map(run, chosen), strict=True):
+            print(f"{result:8}  {mutation.file:24}  {mutation.what}", flush=True)
+            results.append(result)
+    print(f"{results.count('killed')} of {len(results)} killed")
+    return int(any(result != "killed" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""The ring's schedule: who holds which shard at which hop, and that nothing is read or reused before it has arrived."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sp_sparse.parallel import ring as ring_module
+from sp_sparse.parallel.ring import ring_attention
+from tests.cases import random_tensors
+from tests.oracle import assert_close, masked_attention, relative_error
+from tests.ranks import run_ranks, world_group
+
+NAN = float("nan")
+LENGTHS: dict[int, list[tuple[int, ...]]] = {
+    3: [(4, 4, 4), (5, 0, 2), (0, 0, 3)],
+    4: [(1, 2, 3, 4), (0, 6, 0, 1)],
+    8: [(3, 1, 0, 2, 2, 0, 5, 1)],
+}
+
+
+def _check_ring(rank: int, ring: int) -> None:
+    """Every hop sees the shard it names, and the merged result is attention over all of them."""
+    for held in LENGTHS[ring]:
+        _, key, value = random_tensors(2, 1, sum(held), 3, 8, sum(held), torch.float64)
+        query = random_tensors(2, 6, 1, 3, 8, rank, torch.float64)[0]
+        edges = [sum(held[:i]) for i in range(ring + 1)]
+        owners: list[int] = []
+
+        def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+            part = slice(edges[owner], edges[owner + 1])  # noqa: B023
+            assert torch.equal(k, key[:, part]), (rank, owner)  # noqa: B023
+            assert torch.equal(v, value[:, part]), (rank, owner)  # noqa: B023
+            owners.append(owner)  # noqa: B023
+            mask = torch.ones(2, 3, 6, k.shape[1], dtype=torch.bool)
+            return masked_attention(query, k, v, mask, 0.3)  # noqa: B023
+
+        mine = slice(edges[rank], edges[rank + 1])
+        out, lse = ring_attention(attend, key[:, mine], value[:, mine], held, world_group())
+        assert owners == [(rank - hop) % ring for hop in range(ring) if held[(rank - hop) % ring]]
+        everything = torch.ones(2, 3, 6, sum(held), dtype=torch.bool)
+        expected, expected_lse = masked_attention(query, key, value, everything, 0.3)
+        assert relative_error(out, expected) < 1e-14
+        assert relative_error(lse, expected_lse) < 1e-14
+    empty = torch.zeros(2, 0, 3, 8)
+    with pytest.raises(ValueError, match="every shard of the ring is empty"):
+        ring_attention(attend, empty, empty, (0,) * ring, world_group())
+
+
+@pytest.mark.parametrize("ring", LENGTHS)
+def test_every_hop_holds_the_shard_it_names(ring: int) -> None:
+    run_ranks(ring, _check_ring, ring)
+
+
+def _check_half_precision(rank: int, ring: int) -> None:
+    """Partial results add up in fp32: eight hops err hardly more than one rounding to bf16."""
+    query, key, value = random_tensors(1, 40, 40 * ring, 3, 16, 1, torch.bfloat16)
+    mine = slice(40 * rank, 40 * (rank + 1))
+
+    def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+        out, lse = masked_attention(query, k, v, torch.ones(1, 3, 40, 40, dtype=torch.bool), 0.1, torch.float32)
+        return out.bfloat16(), lse
+
+    out, lse = ring_attention(attend, key[:, mine], value[:, mine], (40,) * ring, world_group())
+    assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
+    everything = torch.ones(1, 3, 40, 40 * ring, dtype=torch.bool)
+    expected, expected_lse = masked_attention(query, key, value, everything, 0.1)
+    assert_close(out, expected, relative_error(expected.bfloat16(), expected))
+    assert_close(lse, expected_lse, relative_error(expected_lse.float(), expected_lse), 16)
+
+
+def test_partial_results_add_up_in_fp32() -> None:
+    run_ranks(8, _check_half_precision, 8)
+
+
+class _FakeNetwork:
+    """Stands for `torch.distributed` as rank `rank` of a ring sees it; a message lives until its `wait`."""
+
+    isend, irecv = "isend", "irecv"
+
+    def __init__(self, rank: int, shards: list[tuple[Tensor, Tensor]]) -> None:
+        self.rank, self.shards, self.hop, self.unwaited = rank, shards, 0, 0
+
+    def get_rank(self, group: object) -> int:
+        return self.rank
+
+    def get_global_rank(self, group: object, rank: int) -> int:
+        return rank + 100
+
+    def P2POp(self, op: str, tensor: Tensor, peer: int, group: object) -> tuple[str, Tensor, int]:
+        return op, tensor, peer
+
+    def batch_isend_irecv(self, operations: list[tuple[str, Tensor, int]]) -> list[Any]:
+        ranks = len(self.shards)
+        sent = [x for op, x, peer in operations if op == self.isend and peer == 100 + (self.rank + 1) % ranks]
+        arriving = [x for op, x, peer in operations if op == self.irecv and peer == 100 + (self.rank - 1) % ranks]
+        assert len(sent) + len(arriving) == len(operations) == 4, "sends to r + 1 and receives from r - 1"
+        going, coming = self.shards[(self.rank - self.hop) % ranks], self.shards[(self.rank - self.hop - 1) % ranks]
+        self.hop += 1
+        for x in arriving:
+            x.fill_(NAN)
+        works = [_Message(self, x, y, False) for x, y in zip(sent, going, strict=True)]
+        return works + [_Message(self, x, y, True) for x, y in zip(arriving, coming, strict=True)]
+
+
+class _Message:
+    def __init__(self, network: _FakeNetwork, tensor: Tensor, content: Tensor, arrives: bool) -> None:
+        self.network, self.tensor, self.content, self.arrives = network, tensor, content, arrives
+        network.unwaited += 1
+
+    def wait(self) -> None:
+        self.network.unwaited -= 1
+        if self.arrives:
+            self.tensor.copy_(self.content)
+        else:
+            assert torch.equal(self.tensor, self.content), "a shard was overwritten while it was being sent"
+
+
+@pytest.mark.parametrize("ring", [2, 3, 4, 8])
+def test_every_message_is_waited_for_before_its_memory_is_used(ring: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = [(torch.full((1, 2, 1, 1), i + 0.25), torch.full((1, 2, 1, 1), i + 0.5)) for i in range(ring)]
+    for rank in range(ring):
+        network = _FakeNetwork(rank, shards)
+        monkeypatch.setattr(ring_module, "dist", network)
+        seen: list[tuple[float, float, int]] = []
+        in_flight: list[int] = []
+
+        def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+            seen.append((k[0, 0, 0, 0].item(), v[0, 0, 0, 0].item(), owner))  # noqa: B023
+            in_flight.append(network.unwaited)  # noqa: B023
+            return torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 3)
+
+        ring_attention(attend, *shards[rank], (2,) * ring, object())  # type: ignore[arg-type]
+        owners = [(rank - hop) % ring for hop in range(ring)]
+        assert seen == [(owner + 0.25, owner + 0.5, owner) for owner in owners]
+        assert in_flight == [4] * (ring - 1) + [0], "the next shard travels while this one is attended"
+        assert network.unwaited == 0
