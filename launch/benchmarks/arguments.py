@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
+from sp_sparse import SequenceParallelMesh
 from sp_sparse.kernels.registry import load_kernel
 from sp_sparse.video import TOKEN_ORDERS, VideoGrid
 
@@ -54,6 +56,11 @@ class RunArguments:
                 raise ValueError("--backends none leaves nothing to measure; name a kernel, or use auto")
             if backend != "auto":
                 load_kernel(backend)
+
+    def build_meshes(self, world: int) -> list[SequenceParallelMesh]:
+        """The meshes of `meshes_of`. A collective call."""
+        timeout = timedelta(seconds=self.timeout_s)
+        return [SequenceParallelMesh(u, r, timeout=timeout) for u, r in self.meshes_of(world)]
 
     def runs(self) -> list[tuple[str, float]]:
         """(backend, density) of every measurement on a mesh; dense attention once, for it is the same under all."""

@@ -26,10 +26,7 @@ def measure_attention(session: Session, arguments: AttentionArguments) -> None:
 
     What needs one rank runs on all of them at once, each on its own device; the slowest counts.
     """
-    ranks = session.ranks
-    meshes = [
-        SequenceParallelMesh(u, r) if u * r > 1 else SequenceParallelMesh() for u, r in arguments.meshes_of(ranks.world)
-    ]
+    meshes = arguments.build_meshes(session.ranks.world)
     for grid in arguments.grids:
         _GridBenchmark(session, arguments, grid).measure(meshes)
 

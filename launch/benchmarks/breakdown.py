@@ -19,6 +19,8 @@ from sp_sparse.selection.topk import select_topk
 class Breakdown:
     """Milliseconds of the parts of a sparse call; the sum is below that of the layer by communication and merging.
 
+    Each part takes all heads of the rank at once, where the layer under Ulysses takes them in chunks.
+
     Attributes:
         kernel: attention under the mask, over every shard of the ring.
         means: block means of queries and keys.

@@ -49,10 +49,7 @@ class _TransformerBenchmark:
             _forget_compiled()  # it may refer to the model
             free_memory()
         model = build_model(self._arguments, device)
-        meshes = [
-            SequenceParallelMesh(u, r) if u * r > 1 else SequenceParallelMesh()
-            for u, r in self._arguments.meshes_of(world)
-        ]
+        meshes = self._arguments.build_meshes(world)
         for compiled in self._modes:
             self._prepare(model, compiled)
             for video in self._arguments.videos:
@@ -93,12 +90,8 @@ class _TransformerBenchmark:
 
     def _measure_sparse(self, model: Any, on: SequenceParallelMesh, video: str, compiled: bool) -> None:
         mesh = on.ulysses_degree, on.ring_degree
-        before: tuple[str, bool] | None = None
+        _forget_compiled()
         for backend, density in self._arguments.runs():
-            # Dense attention and each kernel may lay out their results differently, on which compiled code depends.
-            if before != (backend, density < 1.0):
-                _forget_compiled()
-            before = backend, density < 1.0
             label = _label(f"sp_sparse {backend}", mesh, video, compiled, density)
             self._session.measure(label, self._sparse(model, on, video, compiled, backend, density))
 
