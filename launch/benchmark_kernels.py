@@ -3,7 +3,8 @@
     python launch/benchmark_kernels.py --output kernels.jsonl
 
 Every key block list is random and of equal length, the worst case for the L2 cache. Writes one JSON object a line and
-prints a table last. Attended TFLOP/s count 4 * D operations for every attended (query, key) pair.
+prints a table last. Attended TFLOP/s count 4 * D operations for every attended (query, key) pair. `plan_ms` is what
+flashinfer spends on the host for a new mask, besides the call; kernels whose package is missing are left out.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sp_sparse.kernels.base import Kernel
+from sp_sparse.kernels.base import Kernel, KernelInfo
+from sp_sparse.kernels.fa4 import FA4Kernel, block_lists
+from sp_sparse.kernels.flashinfer import FlashInferKernel
 from sp_sparse.kernels.registry import KernelRequest, load_kernel, why_not
 from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.mask import BlockMask, num_blocks
@@ -41,6 +46,7 @@ COLUMNS = (
     "ms_median",
     "ms_min",
     "ms_max",
+    "plan_ms",
     "tflops_attended",
     "gb_per_s",
 )
@@ -70,8 +76,10 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--block-sizes", nargs="+", default=["128x128", "128x64", "64x64"], help="query x key tokens")
     parser.add_argument(
-        "--kernels", nargs="+", default=["triton", "triton_pointers", DENSE, MEANS],
-        help="names that --sparse-attn-backend takes, triton_pointers (no TMA), cudnn_dense, block_means",
+        "--kernels", nargs="+",
+        default=["fa4", "fa4_bare", "triton", "triton_pointers", "flashinfer", DENSE, MEANS],
+        help="names that --sparse-attn-backend takes, fa4_bare (the package called directly), triton_pointers (no TMA), "
+        "cudnn_dense, block_means",
     )  # fmt: skip
     parser.add_argument("--heads", type=int, default=40)
     parser.add_argument("--head-dim", type=int, default=128)
@@ -107,8 +115,12 @@ def measure_blocks(
         mask = random_mask(args.heads, block_size, sequence, wanted, device)
         pairs, density = mask.attended_pairs().item(), mask.density().item()
         for kernel_name, kernel in kernels(args, block_size, device):
-            run = partial(kernel, query, key, value, mask, args.head_dim**-0.5)
-            yield describe(args, kernel_name, sequence, name, density, device) | timing(args, run, pairs)
+            scale = args.head_dim**-0.5
+            row = describe(args, kernel_name, sequence, name, density, device)
+            row |= timing(args, partial(kernel, query, key, value, mask, scale), pairs)
+            if isinstance(kernel, FlashInferKernel):
+                row["plan_ms"] = plan_time(args, kernel, query, mask, scale)
+            yield row
 
 
 def describe(
@@ -135,6 +147,46 @@ def timing(args: argparse.Namespace, run: Callable[[], object], pairs: float) ->
     }
 
 
+def plan_time(
+    args: argparse.Namespace, kernel: FlashInferKernel, query: Tensor, mask: BlockMask, scale: float
+) -> float:
+    """Median milliseconds of the host from a mask it has not seen to the plan."""
+    times = []
+    for _ in range(args.repetitions):
+        new = replace(mask)
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        kernel.plan(query, new, scale)
+        torch.cuda.synchronize()
+        times.append(1000 * (time.perf_counter() - start))
+    return round(statistics.median(times), 4)
+
+
+class BareFA4:
+    """The package's own forward, with nothing around it: what the kernel `fa4` adds shows in comparison."""
+
+    info: KernelInfo = FA4Kernel.info
+
+    def missing(self) -> str | None:
+        return FA4Kernel().missing()
+
+    def __call__(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        from flash_attn.cute.block_sparsity import BlockSparseTensorsTorch
+        from flash_attn.cute.interface import _flash_attn_fwd
+
+        lists = BlockSparseTensorsTorch(**block_lists(mask), block_size=mask.block_size)
+        out, lse = _flash_attn_fwd(query, key, value, softmax_scale=scale, block_sparse_tensors=lists, return_lse=True)[
+            :2
+        ]
+        return out, lse
+
+
+# Variants of kernels that are only measured.
+VARIANTS: dict[str, Callable[[], Kernel]] = {"fa4_bare": BareFA4, "triton_pointers": partial(TritonKernel, tma=False)}
+
+
 def kernels(
     args: argparse.Namespace, block_size: tuple[int, int], device: torch.device
 ) -> Iterator[tuple[str, Kernel]]:
@@ -143,7 +195,7 @@ def kernels(
     for name in args.kernels:
         if name in (DENSE, MEANS):
             continue
-        kernel = TritonKernel(tma=False) if name == "triton_pointers" else load_kernel(name)
+        kernel = VARIANTS[name]() if name in VARIANTS else load_kernel(name)
         reason = why_not(kernel, request)
         if reason is None:
             yield name, kernel
@@ -187,7 +239,7 @@ def parse_block_size(text: str) -> tuple[int, int]:
 
 def versions() -> dict[str, str]:
     found = {"torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version())}
-    for name in ("triton", "sp-sparse"):
+    for name in ("triton", "flash-attn-4", "nvidia-cutlass-dsl", "flashinfer-python", "sp-sparse"):
         try:
             found[name] = version(name)
         except PackageNotFoundError:

@@ -17,12 +17,14 @@ logger = logging.getLogger(__name__)
 ENTRY_POINT_GROUP = "sp_sparse.kernels"
 
 BUILT_IN = {
+    "fa4": "sp_sparse.kernels.fa4:FA4Kernel",
     "triton": "sp_sparse.kernels.triton:TritonKernel",
+    "flashinfer": "sp_sparse.kernels.flashinfer:FlashInferKernel",
     "reference": "sp_sparse.kernels.reference:ReferenceKernel",
 }
 
 # `auto` takes the first of these that runs: fastest first, as measured in docs/benchmarks.
-AUTO_ORDER = ("triton", "reference")
+AUTO_ORDER = ("fa4", "triton", "flashinfer", "reference")
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sp_sparse.kernels.base import KernelInfo
+from sp_sparse.kernels.checks import check_tensors, positive_scale, without_launch
 from sp_sparse.kernels.triton_config import launch_config
 from sp_sparse.mask import BlockMask
 
@@ -48,17 +49,14 @@ class TritonKernel:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float
     ) -> tuple[Tensor, Tensor | None]:
-        _check(query, key, value, mask)
+        check_tensors(query, key, value, mask)
+        result = without_launch(query, mask)
+        if result is not None:
+            return result
+        query, scale = positive_scale(query, scale)
         batch, query_length, heads, head_dim = query.shape
         out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
         lse = torch.empty(batch, heads, query_length, dtype=torch.float32, device=query.device)
-        if mask.indices.shape[3] == 0:
-            return out.zero_(), lse.fill_(float("-inf"))
-        if out.numel() == 0:
-            return out, lse
-        if scale <= 0:
-            # The kernel scales a row's largest score, -inf included, instead of looking for the largest scaled one.
-            query, scale = (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
 
         from sp_sparse.kernels.triton_forward import attend_blocks
 
@@ -81,21 +79,6 @@ class TritonKernel:
                 enable_fp_fusion=True,
             )  # fmt: skip
         return out, lse
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, mask: BlockMask) -> None:
-    """Refuse what would read or write out of bounds."""
-    batch, query_length, heads, head_dim = query.shape
-    expected = (batch, mask.key_length, heads, head_dim)
-    if query_length != mask.query_length or key.shape != expected or value.shape != expected:
-        raise ValueError(
-            f"query {tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)} do not fit a mask over "
-            f"{mask.query_length} x {mask.key_length} tokens; expected [B, Sq, H, D] and [B, Sk, H, D]"
-        )
-    if mask.counts.shape[:2] != (batch, heads):
-        raise ValueError(f"the mask is for (batch, heads) {tuple(mask.counts.shape[:2])}, query has {(batch, heads)}")
-    if any(x.stride(3) != 1 for x in (query, key, value)):
-        raise ValueError("the last dimension of query, key and value must be contiguous; call .contiguous()")
 
 
 def _strides(x: Tensor) -> list[int]:
