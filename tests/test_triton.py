@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sp_sparse.kernels.triton import TritonKernel
-from sp_sparse.kernels.triton_means import block_means_triton, runs
+from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
 from sp_sparse.mask import BlockMask
 from sp_sparse.selection.summaries import block_means_torch
 from tests.triton_means_cases import CASES, make_tokens
@@ -61,11 +61,11 @@ def test_under_the_interpreter() -> None:
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
-    # torch itself may import triton where it is installed, its compiler too, so they come first and what it brought does not count.
+    # torch and its compiler may import triton where it is installed: they come first, and what they bring does not count.
     code = """
 import sys, torch, torch._dynamo
 before = set(sys.modules)
-import sp_sparse, sp_sparse.kernels.triton, sp_sparse.kernels.triton_means
+import sp_sparse, sp_sparse.kernels.triton, sp_sparse.kernels.triton_means, sp_sparse.parallel.merge
 assert not {name for name in set(sys.modules) - before if name.split(".")[0] == "triton"}
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
@@ -224,6 +224,6 @@ def test_block_means_have_the_same_bits_everywhere(
     expected = block_means_torch(x, block_size).contiguous().view(torch.int32)
     for layout in (x, x.contiguous(), x.transpose(1, 2).contiguous().transpose(1, 2)):
         there = torch.empty_strided(x.shape, layout.stride(), dtype=dtype, device="cuda").copy_(layout)
-        assert runs(there, block_size)
+        assert takes_tokens(there, block_size)
         assert torch.equal(block_means_torch(there, block_size).contiguous().cpu().view(torch.int32), expected)
         assert torch.equal(block_means_triton(there, block_size).cpu().view(torch.int32), expected)
