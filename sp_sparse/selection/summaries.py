@@ -20,8 +20,8 @@ from sp_sparse.mask import num_blocks
 # Bits of a summary's entries in a score: two bytes each, which tensor cores multiply exactly.
 _SCORE_BITS = 14
 
-# Entries of a summary are taken as no larger, and their unit as no smaller than this exponent makes it, in a score: all
-# scores but 0 are then between 2^-124 and 2^127, where fp32 holds every power of two times a number it has rounded.
+# In a score entries count as no larger than this, and the exponent that bounds a vector as no smaller. For D up to 128 all
+# scores but 0 are then between 2^-124 and 2^125: no implementation meets an overflow or a subnormal number.
 _LARGEST = 2.0**59
 _LEAST_EXPONENT = -48
 
