@@ -11,6 +11,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from sp_sparse.kernels.triton_device import triton_runs_on
+
 
 def num_blocks(length: int, block_size: int) -> int:
     """Number of blocks that cover `length` tokens; only the last one may be short."""
@@ -112,21 +114,34 @@ class BlockMask:
                 f"key edges {tuple(edges)} do not cut {self.key_length} tokens at multiples of {size}; "
                 "align the shards to block edges first"
             )
-        blocks = [num_blocks(edge, size) for edge in edges]
+        tables = self._split_tables([num_blocks(edge, size) for edge in edges])
+        lengths = [stop - start for start, stop in zip(edges[:-1], edges[1:], strict=True)]
+        return tuple(
+            BlockMask(indices, counts, self.block_size, self.query_length, length)
+            for (indices, counts), length in zip(tables, lengths, strict=True)
+        )
+
+    def _split_tables(self, edges: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """The (indices, counts) of consecutive ranges of key blocks."""
+        if triton_runs_on(self.indices.device):
+            from sp_sparse.kernels.triton_split import MOST_SLOTS, split_rows_triton
+
+            if 0 < self.indices.shape[3] <= MOST_SLOTS:
+                return split_rows_triton(self.indices, self.counts, edges)
         ordered = torch.where(self._used(), self.indices, self.num_key_blocks)
         # A row is ascending, so what lies in a range is one run: count what lies before each edge.
         begins = [torch.zeros_like(self.counts)]
-        begins += [(ordered < block).sum(-1, dtype=torch.int32) for block in blocks[1:-1]]
+        begins += [(ordered < edge).sum(-1, dtype=torch.int32) for edge in edges[1:-1]]
         begins.append(self.counts)
         parts = []
-        for i, (first, last) in enumerate(zip(blocks[:-1], blocks[1:], strict=True)):
+        for i, (first, last) in enumerate(zip(edges[:-1], edges[1:], strict=True)):
             width = min(self.indices.shape[3], last - first)
             offsets = torch.arange(width, dtype=torch.int32, device=self.indices.device)
             source = (begins[i].unsqueeze(-1) + offsets).clamp_(max=max(self.indices.shape[3] - 1, 0))
             indices = (self.indices.gather(-1, source.long()) - first).clamp_(0, max(last - first - 1, 0))
             counts = begins[i + 1] - begins[i]
-            parts.append(BlockMask(indices, counts, self.block_size, self.query_length, edges[i + 1] - edges[i]))
-        return tuple(parts)
+            parts.append((indices, counts))
+        return parts
 
     def attended_pairs(self) -> Tensor:
         """Attended (query token, key token) pairs over all batches and heads: a float64 scalar tensor, not synchronised."""

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -15,22 +13,15 @@ import torch
 from torch import Tensor
 
 from sp_sparse.kernels.triton import TritonKernel
-from sp_sparse.kernels.triton_means import block_means_triton, runs
+from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
 from sp_sparse.mask import BlockMask
 from sp_sparse.selection.summaries import block_means_torch
+from tests.triton_marks import needs_triton, on_gpu, run_interpreted
 from tests.triton_means_cases import CASES, make_tokens
 from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem, to_device
 
 BLOCK_SIZES = TritonKernel.info.block_sizes
 DTYPES = TritonKernel.info.dtypes
-
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
-
-
-def on_gpu(test):  # type: ignore[no-untyped-def]
-    """Mark a test that launches a compiled kernel."""
-    test = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")(test)
-    return pytest.mark.gpu(needs_triton(test))
 
 
 @pytest.fixture
@@ -51,13 +42,7 @@ def assert_same_bits(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Ten
 
 @needs_triton
 def test_under_the_interpreter() -> None:
-    here = Path(__file__).parent
-    command = [sys.executable, "-m", "pytest", "-q", "-rs", str(here / "triton_interpreted.py")]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, cwd=here.parent, capture_output=True, text=True, check=False)
-    if done.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
-        pytest.skip(done.stdout.strip()[-500:])
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_interpreted("triton_interpreted.py")
 
 
 def test_importing_the_package_does_not_import_triton() -> None:
@@ -65,7 +50,7 @@ def test_importing_the_package_does_not_import_triton() -> None:
     code = """
 import sys, torch, torch._dynamo
 before = set(sys.modules)
-import sp_sparse, sp_sparse.kernels.triton, sp_sparse.kernels.triton_means
+import sp_sparse, sp_sparse.kernels.triton, sp_sparse.kernels.triton_means, sp_sparse.parallel.merge
 assert not {name for name in set(sys.modules) - before if name.split(".")[0] == "triton"}
 """
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)
@@ -224,6 +209,6 @@ def test_block_means_have_the_same_bits_everywhere(
     expected = block_means_torch(x, block_size).contiguous().view(torch.int32)
     for layout in (x, x.contiguous(), x.transpose(1, 2).contiguous().transpose(1, 2)):
         there = torch.empty_strided(x.shape, layout.stride(), dtype=dtype, device="cuda").copy_(layout)
-        assert runs(there, block_size)
+        assert takes_tokens(there, block_size)
         assert torch.equal(block_means_torch(there, block_size).contiguous().cpu().view(torch.int32), expected)
         assert torch.equal(block_means_triton(there, block_size).cpu().view(torch.int32), expected)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from sp_sparse.kernels.triton import TritonKernel
-from sp_sparse.kernels.triton_means import block_means_triton, runs
+from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
 from sp_sparse.selection.summaries import block_means_torch
 from tests.triton_means_cases import CASES, make_tokens
 from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem
@@ -73,6 +73,6 @@ def test_empty_sizes(batch: int, heads: int, queries: int, keys: int) -> None:
 @pytest.mark.parametrize(("block_size", "head_dim", "length"), CASES)
 def test_block_means_equal_torch_bit_for_bit(block_size: int, head_dim: int, length: int, dtype: torch.dtype) -> None:
     x = make_tokens(length, head_dim, dtype)
-    assert runs(x, block_size)
+    assert takes_tokens(x, block_size)
     expected = block_means_torch(x, block_size).contiguous()
     assert torch.equal(block_means_triton(x, block_size).view(torch.int32), expected.view(torch.int32))

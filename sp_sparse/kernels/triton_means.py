@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
@@ -13,16 +11,13 @@ _BLOCK_SIZES = (16, 32, 64, 128, 256)
 _HEAD_DIMS = (64, 128)
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+# Bits of a value in fixed point: 256 such integers sum to less than 2^31.
+_BITS = 22
 
-def runs(x: Tensor, block_size: int) -> bool:
+
+def takes_tokens(x: Tensor, block_size: int) -> bool:
     """Whether `block_means_triton` takes `x`, `[B, S, H, D]`, in blocks of `block_size` tokens."""
-    return (
-        x.shape[3] in _HEAD_DIMS
-        and block_size in _BLOCK_SIZES
-        and x.dtype in _DTYPES
-        and x.stride(3) == 1
-        and find_spec("triton") is not None
-    )
+    return x.shape[3] in _HEAD_DIMS and block_size in _BLOCK_SIZES and x.dtype in _DTYPES and x.stride(3) == 1
 
 
 def block_means_triton(x: Tensor, block_size: int) -> Tensor:
@@ -42,13 +37,8 @@ def block_means_triton(x: Tensor, block_size: int) -> Tensor:
     with torch.cuda.device_of(x):
         # Heads change fastest: programs that run together then read whole tokens.
         mean_blocks[(heads * blocks, batch)](
-            x, means, *x.stride()[:3], length, heads, blocks, _bits(last), 1 / last,
-            BLOCK=block_size, BITS=_bits(block_size), RECIPROCAL=1 / block_size, HEAD_DIM=head_dim,
-            num_warps=max(1, block_size * head_dim // 4096), enable_fp_fusion=True,
+            x, means, *x.stride()[:3], length, heads, blocks, 1 / last,
+            BLOCK=block_size, BITS=_BITS, RECIPROCAL=1 / block_size, HEAD_DIM=head_dim,
+            num_warps=max(1, block_size * head_dim // 2048), enable_fp_fusion=True,
         )  # fmt: skip
     return means
-
-
-def _bits(count: int) -> int:
-    """Bits of a value in fixed point: `count` such integers sum to less than 2^31, and fp32 holds one exactly."""
-    return min(23, 30 - (count - 1).bit_length())

@@ -7,20 +7,36 @@ import triton.language as tl
 
 
 @triton.jit
-def _power_of_two(exponent):
-    # Written as bits: exp2 may be off by a rounding.
+def power_of_two(exponent):
+    """2 to an integer power as fp32; its bits are written, as exp2 may be off by a rounding."""
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["length", "blocks", "last_bits"])
+@triton.jit
+def frexp_exponent(x):
+    """frexp's exponent `e` of a normal `x > 0`, 2^(e - 1) <= x < 2^e; some e <= -126 for 0 and subnormal numbers."""
+    return (x.to(tl.int32, bitcast=True) >> 23) - 126
+
+
+@triton.jit
+def round_scaled(x, scale):
+    """`x * scale` rounded half to even to int32, for magnitudes up to 2^22 and `scale` a power of two.
+
+    At 1.5 * 2^23 neighbouring floats are 1 apart, so adding it rounds and leaves the integer in the lowest bits. The
+    product is exact, so that fusing it with the addition changes nothing.
+    """
+    return (x * scale + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit(do_not_specialize=["length", "blocks"])
 def mean_blocks(
-    x, means, stride_batch, stride_token, stride_head, length, heads, blocks, last_bits, last_reciprocal,
+    x, means, stride_batch, stride_token, stride_head, length, heads, blocks, last_reciprocal,
     BLOCK: tl.constexpr, BITS: tl.constexpr, RECIPROCAL: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
     """The mean of one block of one head: program `block * heads + head` of batch `program_id(1)`.
 
-    x: `[B, S, H, D]`; means: fp32, contiguous `[B, H, N, D]`. A full block's values enter as integers of `BITS`
-    bits and its sum is multiplied by `RECIPROCAL`; the last block, which may be short, has its own two.
+    x: `[B, S, H, D]`; means: fp32, contiguous `[B, H, N, D]`. Values enter as integers of `BITS` bits; the sum is
+    multiplied by `RECIPROCAL`, that of the last block, which may be short, by `last_reciprocal`.
     """
     head, block = tl.program_id(0) % heads, tl.program_id(0) // heads
     batch = tl.program_id(1).to(tl.int64)
@@ -30,15 +46,9 @@ def mean_blocks(
     inside = (first + tokens < length)[:, None]
     tile = tl.load(x + tokens[:, None] * stride_token + columns, mask=inside, other=0.0).to(tl.float32)
 
-    # frexp's exponent of the largest, 2^(e - 1) <= largest < 2^e. A largest of 0 has another one there, but sums to 0.
-    largest = tl.max(tl.max(tl.abs(tile), 1), 0)
-    exponent = tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 126, -100)
-    short = block == blocks - 1
-    bits = tl.where(short, last_bits, BITS)
-    # Adding 2^23 to a smaller number that is not negative rounds it, half to even, to an integer in its lowest bits.
-    # The product is exact, so that fusing it with the addition changes nothing.
-    biased = tl.abs(tile) * _power_of_two(bits - exponent) + 8388608.0
-    fixed = biased.to(tl.int32, bitcast=True) - 0x4B000000
-    total = tl.sum(tl.where(tile < 0, -fixed, fixed), 0)
-    mean = total.to(tl.float32) * _power_of_two(exponent - bits) * tl.where(short, last_reciprocal, RECIPROCAL)
+    # Over the flat tile: reduced along columns first, every row would take a round of shuffles.
+    exponent = tl.maximum(frexp_exponent(tl.max(tl.abs(tile))), -100)
+    total = tl.sum(round_scaled(tile, power_of_two(BITS - exponent)), 0)
+    reciprocal = tl.where(block == blocks - 1, last_reciprocal, RECIPROCAL)
+    mean = total.to(tl.float32) * power_of_two(exponent - BITS) * reciprocal
     tl.store(means + ((batch * heads + head) * blocks + block) * HEAD_DIM + columns, mean)

@@ -29,14 +29,17 @@ def ring_attention(
         out `[B, Sq, H, D]` in the dtype of `key`, and lse `[B, H, Sq]`.
     """
     merged: tuple[Tensor, Tensor] | None = None
+    remaining = sum(length > 0 for length in lengths)
     for owner, hop_key, hop_value in _shards(key, value, lengths, group):
         if lengths[owner] == 0:
             continue
+        remaining -= 1
         out, lse = attend(hop_key, hop_value, owner)
         if merged is None:
-            merged = out.to(lse.dtype), lse
+            merged = out, lse
         else:
-            merged = merge(*merged, out, lse)
+            # Between hops in the precision of the LSE; the last merge writes the final dtype.
+            merged = merge(*merged, out, lse, dtype=None if remaining else key.dtype)
     if merged is None:
         raise ValueError("every shard of the ring is empty; there is nothing to attend")
     return merged[0].to(key.dtype), merged[1]

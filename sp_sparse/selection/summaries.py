@@ -13,10 +13,17 @@ import math
 import torch
 from torch import Tensor
 
+from sp_sparse.kernels.triton_device import triton_runs_on
+from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
 from sp_sparse.mask import num_blocks
 
-# Bits of a summary's entries in a score: two of them and up to 2^13 additions stay below the 53 bits of a double.
-_SCORE_BITS = 20
+# Bits of a summary's entries in a score: two bytes each, which tensor cores multiply exactly.
+_SCORE_BITS = 14
+
+# In a score entries count as no larger than this, and the exponent that bounds a vector as no smaller. For D up to 128 all
+# scores but 0 are then between 2^-124 and 2^125: no implementation meets an overflow or a subnormal number.
+_LARGEST = 2.0**59
+_LEAST_EXPONENT = -48
 
 # Elements converted at a time: bounds the memory of the fp32 and int32 temporaries.
 _BUDGET = 1 << 24
@@ -28,11 +35,8 @@ def block_means(x: Tensor, block_size: int) -> Tensor:
     The mean of a block is computed as `int_sum * 2^(e - bits) * fp32(1 / tokens)`, where `2^e` bounds the largest
     absolute value of that block and head, and each value enters as an integer of `bits` bits.
     """
-    if x.is_cuda and x.dtype in (torch.float16, torch.bfloat16, torch.float32):
-        from sp_sparse.kernels.triton_means import block_means_triton, runs
-
-        if runs(x, block_size):
-            return block_means_triton(x, block_size)
+    if triton_runs_on(x.device) and takes_tokens(x, block_size):
+        return block_means_triton(x, block_size)
     return block_means_torch(x, block_size)
 
 
@@ -52,30 +56,45 @@ def block_means_torch(x: Tensor, block_size: int) -> Tensor:
 
 
 def block_scores(query_means: Tensor, key_means: Tensor) -> Tensor:
-    """Exact dot products of summaries: fp32 `[B, H, Nq, D]`, `[B, H, Nk, D]` -> float64 `[B, H, Nq, Nk]`."""
-    query, query_exponent = _fixed_point(query_means, -1)
-    key, key_exponent = _fixed_point(key_means, -1)
-    # Integers below 2^20 in a double: every product and partial sum is exact, so any order gives the same bits.
+    """Exact dot products of summaries: fp32 `[B, H, Nq, D]`, `[B, H, Nk, D]` -> fp32 `[B, H, Nq, Nk]`.
+
+    A summary is rounded to `integers * 2^(e - 14)`, where `2^e` bounds its largest absolute value; a score is the sum of
+    products of two such vectors, exact, and then rounded once to fp32.
+    """
+    if triton_runs_on(query_means.device):
+        from sp_sparse.kernels.triton_scores import HEAD_DIMS, block_scores_triton
+
+        if query_means.shape[3] in HEAD_DIMS:
+            return block_scores_triton(query_means, key_means, _SCORE_BITS, _LARGEST, _LEAST_EXPONENT)
+    return block_scores_torch(query_means, key_means)
+
+
+def block_scores_torch(query_means: Tensor, key_means: Tensor) -> Tensor:
+    """`block_scores` in plain torch: any device, the definition that the other equals bit for bit."""
+    query, query_exponent = _fixed_point(query_means)
+    key, key_exponent = _fixed_point(key_means)
+    # Integers up to 2^14 in a double: every product and partial sum is exact, so any order gives the same bits.
     scores = query.double() @ key.double().transpose(-1, -2)
     scores *= _power_of_two(query_exponent, torch.float64)
     scores *= _power_of_two(key_exponent, torch.float64).transpose(-1, -2)
-    return scores
+    return scores.float()
 
 
 def _exact_mean(tokens: Tensor) -> Tensor:
     """`[B, N, n, H, D]` -> fp32 `[B, N, H, D]`."""
     count = tokens.shape[2]
     # `count` integers of this many bits sum to less than 2^31.
-    bits = min(23, 30 - math.ceil(math.log2(count)))
+    bits = min(22, 30 - math.ceil(math.log2(count)))
     exponent = torch.frexp(tokens.abs().amax(dim=(2, 4), keepdim=True).float()).exponent.clamp_(min=-100)
     fixed = (tokens.float() * _power_of_two(bits - exponent, torch.float32)).round_().to(torch.int32)
     total = fixed.sum(dim=2, dtype=torch.int32).float() * _power_of_two(exponent - bits, torch.float32).squeeze(2)
     return total * _reciprocal(count)
 
 
-def _fixed_point(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Round to integers of `_SCORE_BITS` bits relative to the largest along `dim`; `x` is about `integers * 2^exponent`."""
-    exponent = torch.frexp(x.abs().amax(dim, keepdim=True)).exponent.clamp_(min=-100) - _SCORE_BITS
+def _fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors along the last dimension as `integers * 2^exponent`, the integers up to `2^_SCORE_BITS`."""
+    x = x.clamp(-_LARGEST, _LARGEST)
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp_(min=_LEAST_EXPONENT) - _SCORE_BITS
     return (x * _power_of_two(-exponent, torch.float32)).round_(), exponent
 
 

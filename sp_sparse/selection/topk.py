@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from sp_sparse.kernels.triton_device import triton_runs_on
 from sp_sparse.mask import BlockMask
 from sp_sparse.selection.static import StaticBlocks
 
@@ -29,7 +30,7 @@ def select_topk(
     A row with more static blocks than that keeps all of them. Ties go to the lower block number. No synchronisation.
 
     Args:
-        scores: float64 `[B, H, Nq, Nk]`, exact (see `block_scores`).
+        scores: fp32 `[B, H, Nq, Nk]` without NaN (see `block_scores`).
         static: blocks that are always kept.
         density: share of key blocks to keep, in (0, 1].
         block_size: (query block, key block) in tokens.
@@ -38,26 +39,49 @@ def select_topk(
     num_keys = scores.shape[-1]
     keep = blocks_kept(density, num_keys)
     width = max(keep, static.most)
-    keys = _distinct_keys(scores)
-    first = torch.iinfo(torch.int64).max - torch.arange(num_keys, device=scores.device)
-    keys = torch.where(static.rows, first, keys)
+    indices, counts = _select_rows(scores, static, keep, width)
+    return BlockMask(indices, counts, block_size, query_length, key_length)
+
+
+def _select_rows(scores: Tensor, static: StaticBlocks, keep: int, width: int) -> tuple[Tensor, Tensor]:
+    if triton_runs_on(scores.device):
+        from sp_sparse.kernels.triton_topk import MOST_BLOCKS, select_rows_triton
+
+        if 0 < scores.shape[-1] <= MOST_BLOCKS:
+            return select_rows_triton(scores, static.rows, static.counts, keep, width)
+    return select_rows_torch(scores, static.rows, static.counts, keep, width)
+
+
+def select_rows_torch(
+    scores: Tensor, static: Tensor, static_counts: Tensor, keep: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """The table of `select_topk` in plain torch: indices `[B, H, Nq, width]` and counts `[B, H, Nq]`, int32.
+
+    Args:
+        scores: fp32 `[B, H, Nq, Nk]`.
+        static: bool `[Nq, Nk]`.
+        static_counts: int32 `[Nq]`, static blocks a row.
+        keep: blocks of a row unless more are static.
+        width: the most blocks of any row.
+    """
+    num_keys = scores.shape[-1]
+    keys = torch.where(static, torch.iinfo(torch.int64).max, _distinct_keys(scores))
     chosen = keys.topk(width, dim=-1, sorted=width > keep).indices
-    counts = static.counts.clamp(min=keep).expand(scores.shape[:-1])
+    counts = static_counts.clamp(min=keep).expand(scores.shape[:-1])
     if width > keep:
         slots = torch.arange(width, device=scores.device)
         chosen = torch.where(slots < counts.unsqueeze(-1), chosen, num_keys)
     indices = chosen.sort(dim=-1).values.clamp_(max=max(num_keys - 1, 0)).to(torch.int32)
-    return BlockMask(indices, counts.contiguous(), block_size, query_length, key_length)
+    return indices, counts.contiguous()
 
 
 def _distinct_keys(scores: Tensor) -> Tensor:
     """int64 keys ordered as the scores are, with the lower block number winning a tie.
 
-    The bits of a double order as integers once negative numbers are flipped; the lowest bits then give way to the block
-    number, so no two keys of a row are equal and the result of a top-k is unique.
+    The bits of a float order as integers once those of negative numbers are flipped; with the block number below them no
+    two keys of a row are equal, so the result of a top-k is unique.
     """
-    num_keys = scores.shape[-1]
-    spare = (1 << max(num_keys - 1, 1).bit_length()) - 1
-    bits = (scores + 0.0).view(torch.int64)  # + 0.0 makes -0.0 and 0.0 one number
-    bits = torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)
-    return (bits & ~spare) | (spare - torch.arange(num_keys, device=scores.device))
+    bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 one number
+    bits = torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits)
+    numbers = torch.arange(scores.shape[-1], device=scores.device)
+    return (bits.long() << 32) - numbers
