@@ -151,35 +151,40 @@ def _summaries(seed: int, blocks: int, head_dim: int = 32, scale: float = 1.0) -
     return x * torch.exp(torch.randn(2, 3, blocks, 1, generator=seeded(seed + 1))) * scale
 
 
-@given(st.integers(0, 50), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]), st.sampled_from([1e-30, 1.0, 1e30]))
+@given(st.integers(0, 50), st.sampled_from([1e-30, 1e-3, 1.0, 1e30]), st.sampled_from([1e-30, 1e30]))
+def test_scores_are_finite_whatever_the_scale(seed: int, query_scale: float, key_scale: float) -> None:
+    query, key = _summaries(seed, 4, scale=query_scale), _summaries(seed + 7, 6, scale=key_scale)
+    assert block_scores(query, key).isfinite().all()
+
+
+@given(st.integers(0, 50), st.sampled_from([1e-6, 1.0, 1e9]), st.sampled_from([1e-6, 1.0, 1e9]))
 def test_scores_are_dot_products(seed: int, query_scale: float, key_scale: float) -> None:
-    """Each vector is rounded to 2^-20 of its largest entry, at worst to 2^-20 of twice it."""
+    """Each vector is rounded to 2^-14 of its largest entry, at worst to 2^-14 of twice it."""
     query, key = _summaries(seed, 4, scale=query_scale), _summaries(seed + 7, 6, scale=key_scale)
     scores = block_scores(query, key)
-    assert (scores.dtype, scores.shape) == (torch.float64, (2, 3, 4, 6))
-    assert scores.isfinite().all()
+    assert (scores.dtype, scores.shape) == (torch.float32, (2, 3, 4, 6))
     largest = query.double().abs().amax(-1)[..., :, None] * key.double().abs().amax(-1)[..., None, :]
-    assert ((scores - query.double() @ key.double().transpose(2, 3)).abs() <= 32 * 2.0**-18 * largest).all()
+    assert ((scores - query.double() @ key.double().transpose(2, 3)).abs() <= 32 * 2.0**-12 * largest).all()
 
 
 def test_scores_are_exact_integer_arithmetic() -> None:
-    """Against integers in Python: the fixed-point vectors by their definition, and their products without rounding."""
+    """Against integers in Python: the fixed-point vectors by their definition, their products exact, rounded once."""
     query, key = _summaries(3, 3), _summaries(4, 5)
     scores = block_scores(query, key)
 
     def fixed(x: list[float]) -> tuple[list[int], int]:
-        exponent = math.frexp(max(map(abs, x)))[1] - 20
+        exponent = math.frexp(max(map(abs, x)))[1] - 14
         return [round(math.ldexp(value, -exponent)) for value in x], exponent
 
     for b, h, i, j in np.ndindex(*scores.shape):
         q, q_exponent = fixed(query[b, h, i].tolist())
         k, k_exponent = fixed(key[b, h, j].tolist())
         exact = math.ldexp(sum(x * y for x, y in zip(q, k, strict=True)), q_exponent + k_exponent)
-        assert scores[b, h, i, j].item() == exact
+        assert scores[b, h, i, j].item() == np.float32(exact)
 
 
-@given(st.integers(0, 50), st.integers(1, 31))
-def test_scores_do_not_depend_on_shapes_or_order(seed: int, cut: int) -> None:
+@given(st.integers(0, 50))
+def test_scores_do_not_depend_on_shapes_or_order(seed: int) -> None:
     query, key = _summaries(seed, 9), _summaries(seed + 7, 11)
     scores = block_scores(query, key)
     channels = torch.randperm(32, generator=seeded(seed))
@@ -188,13 +193,6 @@ def test_scores_do_not_depend_on_shapes_or_order(seed: int, cut: int) -> None:
     assert_same_bits(block_scores(query[1:], key[1:, :, 3:4]), scores[1:, :, :, 3:4])
     strided = query.transpose(1, 2).contiguous().transpose(1, 2)
     assert_same_bits(block_scores(strided, key), scores)
-    # Matrix products in pieces of the channels, each vector's exponent kept by a channel that both pieces have.
-    largest = torch.full((2, 3, 1, 1), 2.0**6)
-    query, key = (torch.cat([x.clamp(-60, 60), largest.expand(2, 3, x.shape[2], 1)], -1) for x in (query, key))
-    pieces = [
-        block_scores(query[..., part], key[..., part]) - 2.0**12 for part in ([*range(cut), 32], [*range(cut, 32), 32])
-    ]
-    assert_same_bits(pieces[0] + pieces[1] + 2.0**12 + 0.0, block_scores(query, key) + 0.0)
 
 
 def test_scores_of_zeros() -> None:
@@ -244,7 +242,7 @@ def test_topk_equals_brute_force(
     queries: int, keys: int, density: float, forced_share: float, levels: int, seed: int
 ) -> None:
     generator = seeded(seed)
-    scores = torch.randint(-levels, levels + 1, (2, 3, queries, keys), generator=generator).double() / 8
+    scores = torch.randint(-levels, levels + 1, (2, 3, queries, keys), generator=generator).float() / 8
     negative = torch.rand(scores.shape, generator=generator) < 0.5
     scores = torch.where((scores == 0) & negative, -0.0, scores)
     forced = torch.rand(queries, keys, generator=generator) < forced_share
@@ -260,14 +258,14 @@ def test_topk_equals_brute_force(
 
 
 def test_ties_go_to_the_lower_block() -> None:
-    scores = torch.tensor([[[[-0.0, 7.0, 0.0, 7.0, 7.0, -1.0]]]], dtype=torch.float64)
+    scores = torch.tensor([[[[-0.0, 7.0, 0.0, 7.0, 7.0, -1.0]]]])
     static = StaticBlocks.of(np.zeros((1, 6), dtype=np.bool_), CPU)
     kept = [select_topk(scores, static, k / 6, (8, 8), 8, 48).indices.flatten().tolist() for k in range(1, 7)]
     assert kept == [[1], [1, 3], [1, 3, 4], [0, 1, 3, 4], [0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5]]
 
 
 def test_extreme_scores_keep_their_order() -> None:
-    scores = torch.tensor([1e-60, -1e300, 0.0, 1e300, -1e-60, 5e-324, -math.inf, math.inf], dtype=torch.float64)
+    scores = torch.tensor([1e-30, -1e38, 0.0, 1e38, -1e-30, 1e-45, -math.inf, math.inf])
     static = StaticBlocks.of(np.zeros((1, 8), dtype=np.bool_), CPU)
     order: list[int] = []
     for k in range(1, 9):
@@ -278,7 +276,7 @@ def test_extreme_scores_keep_their_order() -> None:
 
 
 def test_forced_blocks_beat_any_score_and_may_exceed_the_share() -> None:
-    scores = torch.tensor([[1e300, 3.0, 2.0, 1.0], [math.inf, 1.0, 2.0, 3.0], [4.0, 3.0, 2.0, 1.0]]).double()
+    scores = torch.tensor([[1e38, 3.0, 2.0, 1.0], [math.inf, 1.0, 2.0, 3.0], [4.0, 3.0, 2.0, 1.0]])
     forced = np.array([[0, 0, 0, 1], [0, 1, 1, 1], [0, 0, 0, 0]], dtype=np.bool_)
     mask = select_topk(scores.view(1, 1, 3, 4), StaticBlocks.of(forced, CPU), 0.5, (8, 8), 24, 32)
     assert mask.counts.flatten().tolist() == [2, 3, 2]
