@@ -107,6 +107,7 @@ def measure_blocks(
 ) -> Iterator[Row]:
     """Rows of one sequence length and block size: the means of the key blocks, then every kernel at every density."""
     device, sequence, name = query.device, query.shape[1], "{}x{}".format(*block_size)
+    scale = args.head_dim**-0.5
     if MEANS in args.kernels:
         times = timing(args, partial(block_means, key, block_size[1]), 0)
         bandwidth = {"gb_per_s": round(key.nbytes / times["ms_median"] / 1e6, 1)}
@@ -115,7 +116,6 @@ def measure_blocks(
         mask = random_mask(args.heads, block_size, sequence, wanted, device)
         pairs, density = mask.attended_pairs().item(), mask.density().item()
         for kernel_name, kernel in kernels(args, block_size, device):
-            scale = args.head_dim**-0.5
             row = describe(args, kernel_name, sequence, name, density, device)
             row |= timing(args, partial(kernel, query, key, value, mask, scale), pairs)
             if isinstance(kernel, FlashInferKernel):
@@ -177,9 +177,9 @@ class BareFA4:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         lists = BlockSparseTensorsTorch(**block_lists(mask), block_size=mask.block_size)
-        out, lse = _flash_attn_fwd(query, key, value, softmax_scale=scale, block_sparse_tensors=lists, return_lse=True)[
-            :2
-        ]
+        out, lse, *_ = _flash_attn_fwd(
+            query, key, value, softmax_scale=scale, block_sparse_tensors=lists, return_lse=True
+        )
         return out, lse
 
 
