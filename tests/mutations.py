@@ -63,7 +63,7 @@ MUTATIONS = (
     Mutation("ring: missing wait", "parallel/ring.py", "            work.wait()", "            pass", "ring"),
     Mutation("ring: one receive buffer", "parallel/ring.py", "buffer = spare[hop % 2]", "buffer = spare[0]", "ring"),
     Mutation(
-        "ring: merges in bf16", "parallel/ring.py", "merged = out.to(lse.dtype), lse", "merged = out, lse", "ring"
+        "ring: merges in bf16", "parallel/ring.py", "dtype=None if remaining else key.dtype", "dtype=key.dtype", "ring"
     ),
     Mutation(
         "mask columns of the wrong hop",
@@ -225,7 +225,7 @@ MUTATIONS = (
     ),
     # Mask
     Mutation("split keys not rebased", "mask.py", "source.long()) - first)", "source.long()))", "mask"),
-    Mutation("split keys off by one block", "mask.py", "(ordered < block)", "(ordered <= block)", "mask"),
+    Mutation("split keys off by one block", "mask.py", "(ordered < edge)", "(ordered <= edge)", "mask"),
     Mutation(
         "split keys reads table tails",
         "mask.py",
@@ -308,15 +308,15 @@ MUTATIONS = (
     Mutation(
         "ties to the higher block",
         "selection/topk.py",
-        "(spare - torch.arange(num_keys, device=scores.device))",
-        "torch.arange(num_keys, device=scores.device)",
+        "(bits.long() << 32) - numbers",
+        "(bits.long() << 32) + numbers",
         "selection",
     ),
     Mutation("-0.0 below 0.0", "selection/topk.py", "(scores + 0.0).view", "scores.view", "selection"),
     Mutation(
         "negative scores in the wrong order",
         "selection/topk.py",
-        "bits = torch.where(bits < 0, bits ^ torch.iinfo(torch.int64).max, bits)",
+        "bits = torch.where(bits < 0, bits ^ torch.iinfo(torch.int32).max, bits)",
         "bits = bits + 0",
         "selection",
     ),
@@ -378,7 +378,7 @@ MUTATIONS = (
         "selection",
     ),
     Mutation(
-        "scores too wide to be exact", "selection/summaries.py", "_SCORE_BITS = 20", "_SCORE_BITS = 24", "selection"
+        "scores too wide to be exact", "selection/summaries.py", "_SCORE_BITS = 14", "_SCORE_BITS = 24", "selection"
     ),
     Mutation(
         "scores in fp32",
