@@ -16,9 +16,10 @@ from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
 from sp_sparse.mask import BlockMask
 from sp_sparse.selection.summaries import block_means_torch
+from tests.kernel_cases import assert_same_bits, attend
 from tests.triton_marks import needs_triton, on_gpu, run_interpreted
 from tests.triton_means_cases import CASES, make_tokens
-from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem, to_device
+from tests.triton_oracle import assert_accurate, poisoned_empty, random_mask, random_problem, to_device
 
 BLOCK_SIZES = TritonKernel.info.block_sizes
 DTYPES = TritonKernel.info.dtypes
@@ -27,17 +28,6 @@ DTYPES = TritonKernel.info.dtypes
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
-
-
-def attend(problem: Problem, kernel: TritonKernel) -> tuple[Tensor, Tensor]:
-    out, lse = kernel(problem.query, problem.key, problem.value, problem.mask, problem.scale)
-    assert lse is not None
-    return out, lse
-
-
-def assert_same_bits(results: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
-    for result, other in zip(results, expected, strict=True):
-        assert torch.equal(result, other)
 
 
 @needs_triton
