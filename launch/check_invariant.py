@@ -81,6 +81,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--topk", nargs="+", type=float, default=[0.3])
     parser.add_argument("--backend", default="auto")
+    parser.add_argument("--kv-exchange", choices=("ring", "all_gather"), default="ring")
     parser.add_argument("--token-order", default="hilbert")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -114,7 +115,12 @@ def _check(
 ) -> Result:
     size = (arguments.block_size, arguments.block_size)
     config = SparseAttentionConfig(
-        backend=arguments.backend, topk=topk, schedule="constant", token_order=arguments.token_order, block_size=size
+        backend=arguments.backend,
+        topk=topk,
+        schedule="constant",
+        token_order=arguments.token_order,
+        block_size=size,
+        kv_exchange=arguments.kv_exchange,
     )
     q, k, v = _inputs(grid, arguments.heads, arguments.head_dim, getattr(torch, arguments.dtype), device)
     kept = {name: AttentionRecorder(keep_masks=True) for name in ("one", "mesh")}

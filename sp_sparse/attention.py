@@ -66,7 +66,7 @@ class SparseAttention:
         self.config = config
         self.num_heads, self.head_dim = num_heads, head_dim
         self.layer, self.expert = layer, expert
-        self.strategy = SequenceParallelStrategy(mesh, math.lcm(*config.block_size))
+        self.strategy = SequenceParallelStrategy(mesh, math.lcm(*config.block_size), config.kv_exchange)
         self.strategy.heads(num_heads)
         self._schedule = config.schedule_for(expert)
         self._recorder = recorder

@@ -12,6 +12,7 @@ from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
 SELECTORS = ("topk", "window")
+KV_EXCHANGES = ("ring", "all_gather")
 
 
 def _option(default: Any, text: str, parse: Callable[[str], Any] = str, choices: tuple[str, ...] = ()) -> Any:
@@ -75,6 +76,11 @@ class SparseAttentionConfig:
         (128, 128), "tokens of a block, as 128 or as 128x64 (query x key)", _block_size
     )
     token_order: str = _option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
+    kv_exchange: str = _option(
+        "ring",
+        "how ring ranks come by the others' keys and values: one shard a hop, or all at once",
+        choices=KV_EXCHANGES,
+    )
 
     def __post_init__(self) -> None:
         size = self.block_size

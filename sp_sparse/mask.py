@@ -143,6 +143,19 @@ class BlockMask:
             parts.append((indices, counts))
         return parts
 
+    def apart(self, first: int, last: int) -> tuple[BlockMask, BlockMask]:
+        """The mask of the key tokens `[first, last)`, counted from `first`, and that of all keys but those.
+
+        `first` and `last` are as the edges of `split_keys`.
+        """
+        before, inside, _ = self.split_keys((0, first, last, self.key_length))
+        width = self.indices.shape[3]
+        slots = torch.arange(width, dtype=torch.int32, device=self.indices.device)
+        # A row is ascending, so what lies inside is one run of it, which the later entries close up over.
+        skipped = torch.where(slots < before.counts.unsqueeze(-1), 0, inside.counts.unsqueeze(-1))
+        indices = self.indices.gather(-1, (slots + skipped).clamp_(max=max(width - 1, 0)).long())
+        return inside, replace(self, indices=indices, counts=self.counts - inside.counts)
+
     def attended_pairs(self) -> Tensor:
         """Attended (query token, key token) pairs over all batches and heads: a float64 scalar tensor, not synchronised."""
         device = self.indices.device

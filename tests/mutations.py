@@ -223,6 +223,27 @@ MUTATIONS = (
         "self._start_gather(x, metadata, ranges[chunk], group)",
         "mesh_invariant",
     ),
+    Mutation(
+        "gathered keys: the own shard is attended twice",
+        "parallel/gathered.py",
+        "inside, mask = mask.apart(first, last)",
+        "inside, _ = mask.apart(first, last)",
+        "mesh_invariant",
+    ),
+    Mutation(
+        "gathered keys: missing wait",
+        "parallel/gathered.py",
+        "        work.wait()",
+        "        pass",
+        "mesh_invariant",
+    ),
+    Mutation(
+        "keys apart: nothing closes up",
+        "mask.py",
+        "self.indices.gather(-1, (slots + skipped)",
+        "self.indices.gather(-1, (slots + 0 * skipped)",
+        "mask",
+    ),
     # Mask
     Mutation("split keys not rebased", "mask.py", "source.long()) - first)", "source.long()))", "mask"),
     Mutation("split keys off by one block", "mask.py", "(ordered < edge)", "(ordered <= edge)", "mask"),

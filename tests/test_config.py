@@ -19,6 +19,7 @@ def _parse(*arguments: str) -> SparseAttentionConfig:
 
 # (field, what the flag takes, what the field becomes); values that differ from the defaults.
 FLAGS: list[tuple[str, str, Any]] = [
+    ("kv_exchange", "all_gather", "all_gather"),
     ("backend", "reference", "reference"),
     ("backend", "package.module:Class", "package.module:Class"),
     ("topk", "0.25", 0.25),

@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         ["--grids", "21x30x52", "5x17x31", "--topk", "0.3", "0.1"],
         ["--grids", "21x45x80", "--topk", "0.3"],
+        ["--grids", "21x30x52", "5x17x31", "--kv-exchange", "all_gather"],
         ["--grids", "21x30x52", "7x19x23", "--heads", "7", "--head-dim", "64", "--block-size", "64"],
     ],
-    ids=["480p", "720p", "odd"],
+    ids=["480p", "720p", "all-gather", "odd"],
 )
 def test_two_gpus_equal_one(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "launch/check_invariant.py"]

@@ -84,6 +84,20 @@ def test_a_part_splits_again(case: Case) -> None:
         assert torch.equal(torch.cat([half.to_dense() for half in halves], -1), part.to_dense())
 
 
+@given(cases(), st.data())
+def test_keys_apart(case: Case, data: st.DataObject) -> None:
+    first = data.draw(st.sampled_from(case.edges))
+    last = data.draw(st.sampled_from([edge for edge in case.edges if edge >= first]))
+    inside, outside = case.mask.apart(first, last)
+    size = case.mask.block_size[1]
+    columns = slice(num_blocks(first, size), num_blocks(last, size))
+    assert torch.equal(inside.to_dense(), case.dense[..., columns])
+    rest = case.dense.clone()
+    rest[..., columns] = False
+    assert torch.equal(outside.to_dense(), rest)
+    assert (outside.counts == rest.sum(-1)).all()
+
+
 @given(cases())
 def test_density_counts_token_pairs(case: Case) -> None:
     mask = case.mask

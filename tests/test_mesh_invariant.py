@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 from itertools import product
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -96,8 +98,9 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
         tensors = _inputs(grid, heads, batch, config.token_order)
         layer, recorder = _layer(config, mesh, heads)
         cuts = (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree))
-        for shards, chunks in product(cuts, (1, 3) if ulysses > 1 else (1,)):
-            layer.strategy = replace(layer.strategy, head_chunks=chunks)
+        exchanges = ("ring", "all_gather") if ring > 1 else ("ring",)
+        for shards, chunks, exchange in product(cuts, (1, 3) if ulysses > 1 else (1,), exchanges):
+            layer.strategy = replace(layer.strategy, head_chunks=chunks, kv_exchange=exchange)
             first, last = shards.range_of(mesh.sequence_rank)
             held = shards.lengths[mesh.sequence_rank]
             # What a framework pads with is its own affair: NaN here shows if a padding token is ever attended.
@@ -135,6 +138,11 @@ def _random_mask(ring: int, heads: int, blocks: tuple[int, int], generator: torc
     return mask
 
 
+def _new_nan(self: Tensor, *shape: Any, **options: Any) -> Tensor:
+    x = torch.empty(*shape, **{"dtype": self.dtype, "device": self.device, **options})
+    return x.fill_(float("nan")) if x.is_floating_point() else x
+
+
 def _check_masks(rank: int, ulysses: int, ring: int) -> None:
     mesh = SequenceParallelMesh(ulysses, ring)
     kernel = ReferenceKernel()
@@ -166,12 +174,16 @@ def _check_masks(rank: int, ulysses: int, ring: int) -> None:
                 assert mask is not None
                 return kernel(q, k, v, mask, 0.25)
 
-            out = strategy.attend(attend, ql, kl, vl, mask, ring_shards)
-            out = strategy.post_attention(out, context)[:, : last - first]
-            if last > first:
-                # A shard may hold fewer values than the whole: compare with the whole's error, on the whole's scale.
-                difference = (out.double() - expected[:, first:last]).square().mean().sqrt()
-                assert difference <= 4 * reference_error * expected.square().mean().sqrt(), (length, shards)
+            for exchange in ("ring", "all_gather"):
+                # What is not written must not be read: fresh buffers hold NaN.
+                with mock.patch.object(Tensor, "new_empty", _new_nan):
+                    exchanging = replace(strategy, kv_exchange=exchange)
+                    out = exchanging.attend(attend, ql, kl, vl, mask, ring_shards)
+                out = strategy.post_attention(out, context)[:, : last - first]
+                if last > first:
+                    # A shard may hold fewer values than the whole: compare with the whole's error, on its scale.
+                    difference = (out.double() - expected[:, first:last]).square().mean().sqrt()
+                    assert difference <= 4 * reference_error * expected.square().mean().sqrt(), (length, exchange)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), MESHES)

@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 
 from sp_sparse.mask import BlockMask, num_blocks
 from sp_sparse.parallel.gather import all_gather_uneven
+from sp_sparse.parallel.gathered import gathered_attention
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.ring import ring_attention
@@ -52,11 +53,13 @@ class SequenceParallelStrategy:
     Attributes:
         mesh: the process groups.
         block: tokens to a multiple of which ring shards start: a multiple of both block sizes of the masks.
+        kv_exchange: how ring ranks come by the others' keys and values: `ring`, or `all_gather`.
         head_chunks: in how many parts `run` exchanges a rank's heads under Ulysses, each while another is attended.
     """
 
     mesh: SequenceParallelMesh
     block: int
+    kv_exchange: str = "ring"
     head_chunks: int = 2
 
     @property
@@ -122,15 +125,22 @@ class SequenceParallelStrategy:
         """
         if self.mesh.ring_group is None:
             return attend(query, key, value, mask)[0]
-        hops = None if mask is None else mask.split_keys(metadata.edges)
+        group, lengths = self.mesh.ring_group, metadata.lengths
 
-        def attend_shard(hop_key: Tensor, hop_value: Tensor, owner: int) -> tuple[Tensor, Tensor]:
-            out, lse = attend(query, hop_key, hop_value, None if hops is None else hops[owner])
+        def attend_keys(keys: Tensor, values: Tensor, part: BlockMask | None) -> tuple[Tensor, Tensor]:
+            out, lse = attend(query, keys, values, part)
             if lse is None:
                 raise ValueError("the kernel returned no LSE, which ring parallelism needs; use one that does")
             return out, lse
 
-        return ring_attention(attend_shard, key, value, metadata.lengths, self.mesh.ring_group)[0]
+        if self.kv_exchange == "all_gather":
+            return gathered_attention(attend_keys, key, value, mask, lengths, group)[0]
+        hops = None if mask is None else mask.split_keys(metadata.edges)
+
+        def attend_shard(keys: Tensor, values: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+            return attend_keys(keys, values, None if hops is None else hops[owner])
+
+        return ring_attention(attend_shard, key, value, lengths, group)[0]
 
     def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
         """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""
