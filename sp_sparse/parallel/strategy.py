@@ -54,7 +54,7 @@ class SequenceParallelStrategy:
         mesh: the process groups.
         block: tokens to a multiple of which ring shards start: a multiple of both block sizes of the masks.
         kv_exchange: how ring ranks come by the others' keys and values: `ring`, or `all_gather`.
-        head_chunks: in how many parts `run` exchanges a rank's heads under Ulysses, each while another is attended.
+        head_chunks: in how many parts `run` exchanges a rank's heads under Ulysses alone, each while another is attended.
     """
 
     mesh: SequenceParallelMesh
@@ -162,7 +162,7 @@ class SequenceParallelStrategy:
         value: Tensor,
         metadata: SequenceShards,
     ) -> Tensor:
-        """`pre_attention`, `body`, `post_attention`; under Ulysses with communication hidden behind the work on other heads.
+        """`pre_attention`, `body`, `post_attention`; under Ulysses alone some heads are exchanged while others are attended.
 
         Args:
             body: (query, key, value, cut over the ring) -> out, as between `pre_attention` and `post_attention`; it is
@@ -172,7 +172,8 @@ class SequenceParallelStrategy:
         heads = self.heads(query.shape[2])
         group = self.mesh.ulysses_group
         gathered = metadata.grouped(self.mesh.ulysses_degree)
-        chunks = min(self.head_chunks, *heads)
+        # Within a ring two communicators would be at work at once, which NCCL may answer with a deadlock.
+        chunks = 1 if self.mesh.ring_group is not None else min(self.head_chunks, *heads)
         if group is None or chunks == 1 or gathered.realigned(self.block) != gathered:
             q, k, v, ring_shards, context = self.pre_attention(query, key, value, metadata)
             return self.post_attention(body(q, k, v, ring_shards), context)
