@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -16,6 +15,9 @@ from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 # expert, layer, step (None where the loop does not tell it)
 _Place = tuple[int, int, "int | None"]
+
+# attended pairs, all pairs of the sparse calls, dense calls
+_Totals = tuple[float, int, int]
 
 
 @dataclass(eq=False)
@@ -43,50 +45,49 @@ class AttentionRecorder:
             self._dense[place] += 1
             return
         self._calls[kernel] += 1
-        mask = BlockMask.join_heads(sparse)
         if self.keep_masks:
-            self.masks.append((expert, layer, step, mask))
-        pairs = mask.attended_pairs()
-        self._attended[place] = self._attended[place] + pairs if place in self._attended else pairs
-        batch, heads, _ = mask.counts.shape
-        self._possible[place] += batch * heads * mask.query_length * mask.key_length
+            self.masks.append((expert, layer, step, BlockMask.join_heads(sparse)))
+        for mask in sparse:
+            pairs = mask.attended_pairs()
+            self._attended[place] = self._attended[place] + pairs if place in self._attended else pairs
+            batch, heads, _ = mask.counts.shape
+            self._possible[place] += batch * heads * mask.query_length * mask.key_length
 
     def summary(self, mesh: SequenceParallelMesh) -> dict[str, Any]:
         """Calls by kernel on this rank, and the density of each expert, layer and step over all ranks.
 
         A collective call on meshes of several ranks; it synchronises with the device.
         """
-        places = sorted({*self._attended, *self._dense}, key=lambda p: (p[0], p[1], -1 if p[2] is None else p[2]))
-        rows = [
-            [
-                float(self._attended[p]) if p in self._attended else 0.0,
-                float(self._possible[p]),
-                float(self._dense[p]),
-            ]
-            for p in places
-        ]
-        table = torch.tensor(rows, dtype=torch.float64).reshape(-1, 3)
+        totals = {
+            place: (float(self._attended.get(place, 0.0)), self._possible[place], self._dense[place])
+            for place in {*self._attended, *self._dense}
+        }
         for group in mesh.groups:
             parts: list[Any] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(parts, (places, table.tolist()), group=group)
-            places, table = _sum_by_place(parts)
+            dist.all_gather_object(parts, totals, group=group)
+            totals = _sum_by_place(parts)
         densities = [
             {
-                "expert": p[0],
-                "layer": p[1],
-                "step": p[2],
-                "dense_calls": int(row[2]),
-                "density": row[0] / row[1] if row[1] else 1.0,
+                "expert": place[0],
+                "layer": place[1],
+                "step": place[2],
+                "dense_calls": dense,
+                "density": attended / possible if possible else 1.0,
             }
-            for p, row in zip(places, table.tolist(), strict=True)
+            for place, (attended, possible, dense) in sorted(totals.items(), key=_in_order)
         ]
         return {"calls": dict(self._calls), "densities": densities}
 
 
-def _sum_by_place(parts: list[tuple[list[_Place], list[list[float]]]]) -> tuple[list[_Place], Tensor]:
-    sums: dict[_Place, Tensor] = {}
-    for places, rows in parts:
-        for place, row in zip(places, rows, strict=True):
-            sums[place] = sums.get(place, torch.zeros(3, dtype=torch.float64)) + torch.tensor(row, dtype=torch.float64)
-    ordered = sorted(sums, key=lambda p: (p[0], p[1], -1 if p[2] is None else p[2]))
-    return ordered, torch.stack([sums[p] for p in ordered]) if ordered else torch.zeros(0, 3, dtype=torch.float64)
+def _sum_by_place(parts: Sequence[dict[_Place, _Totals]]) -> dict[_Place, _Totals]:
+    sums: dict[_Place, _Totals] = {}
+    for part in parts:
+        for place, (attended, possible, dense) in part.items():
+            before = sums.get(place, (0.0, 0, 0))
+            sums[place] = before[0] + attended, before[1] + possible, before[2] + dense
+    return sums
+
+
+def _in_order(item: tuple[_Place, _Totals]) -> tuple[int, int, int]:
+    expert, layer, step = item[0]
+    return expert, layer, -1 if step is None else step
