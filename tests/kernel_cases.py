@@ -39,6 +39,7 @@ def check_table_tail_and_strides(kernel: Kernel) -> None:
     expected = attend(problem, kernel)
     mask = problem.mask
     clean = BlockMask.from_dense(mask.to_dense(), mask.block_size, mask.query_length, mask.key_length)
+    assert not clean.indices.is_contiguous()
     heads_first = problem.change(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
     packed = problem.change(lambda x: torch.stack((x, x, x), 3)[:, :, :, 1])
     for other in (replace(problem, mask=clean), heads_first, packed):

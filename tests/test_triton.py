@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,12 +13,12 @@ from torch import Tensor
 
 from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
-from sp_sparse.mask import BlockMask
 from sp_sparse.selection.summaries import block_means_torch
+from tests import kernel_cases
 from tests.kernel_cases import assert_same_bits, attend
 from tests.triton_marks import needs_triton, on_gpu, run_interpreted
 from tests.triton_means_cases import CASES, make_tokens
-from tests.triton_oracle import assert_accurate, poisoned_empty, random_mask, random_problem, to_device
+from tests.triton_oracle import assert_accurate, poisoned_empty, random_mask, random_problem
 
 BLOCK_SIZES = TritonKernel.info.block_sizes
 DTYPES = TritonKernel.info.dtypes
@@ -66,23 +65,13 @@ def test_refuses_tensors_that_do_not_fit_the_mask() -> None:
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("block_size", BLOCK_SIZES)
 def test_matches_dense(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, tma: bool) -> None:
-    for lengths in ((1000, 1500), (1024, 896), (1, 2049)):
-        problem = random_problem(block_size, head_dim, dtype, "cuda", lengths)
-        assert_accurate(*attend(problem, TritonKernel(tma)), problem)
+    kernel_cases.check_matches_dense(TritonKernel(tma), block_size, head_dim, dtype)
 
 
 @on_gpu
 @pytest.mark.parametrize("tma", [True, False])
 def test_same_bits_for_any_table_tail_and_strides(tma: bool) -> None:
-    problem = random_problem((128, 64), 128, torch.bfloat16, "cuda", (700, 900))
-    expected = attend(problem, TritonKernel(tma))
-    mask = problem.mask
-    clean = BlockMask.from_dense(mask.to_dense(), mask.block_size, mask.query_length, mask.key_length)
-    assert not clean.indices.is_contiguous()
-    heads_first = problem.change(lambda x: x.transpose(1, 2).contiguous().transpose(1, 2))
-    packed = problem.change(lambda x: torch.stack((x, x, x), 3)[:, :, :, 1])
-    for other in (replace(problem, mask=clean), heads_first, packed):
-        assert_same_bits(attend(other, TritonKernel(tma)), expected)
+    kernel_cases.check_table_tail_and_strides(TritonKernel(tma))
 
 
 @on_gpu
@@ -97,44 +86,20 @@ def test_falls_back_to_pointers_where_tma_cannot_address(padding: int) -> None:
 
 @on_gpu
 @pytest.mark.parametrize("tma", [True, False])
-@pytest.mark.parametrize("scale", [-0.05, 0.0, 1.0])
-def test_any_scale(scale: float, tma: bool) -> None:
-    problem = random_problem((128, 128), 128, torch.bfloat16, "cuda", (300, 500))
-    problem = replace(problem, query=problem.query / 8, scale=scale)
-    assert_accurate(*attend(problem, TritonKernel(tma)), problem)
+def test_any_scale(tma: bool) -> None:
+    kernel_cases.check_scales(TritonKernel(tma))
 
 
 @on_gpu
 @pytest.mark.parametrize("tma", [True, False])
 def test_values_that_are_not_attended_do_not_matter(tma: bool) -> None:
-    problem = random_problem((64, 128), 128, torch.bfloat16, "cuda", (300, 500))
-    expected = attend(problem, TritonKernel(tma))
-    # A buffer longer than the keys, as a ring reuses for shards of different lengths, holds NaN past their end.
-    keys = ("key", "value")
-    longer = problem.change(lambda x: torch.nn.functional.pad(x, (0, 0, 0, 0, 0, 50), value=math.nan)[:, :500], keys)
-    assert_same_bits(attend(longer, TritonKernel(tma)), expected)
-    dense = problem.mask.to_dense()
-    dense[..., 1] = False
-    without = replace(problem, mask=BlockMask.from_dense(dense, (64, 128), 300, 500))
-    poisoned = without.change(lambda x: x.index_fill(1, torch.arange(128, 256, device="cuda"), math.nan), keys)
-    assert_same_bits(attend(poisoned, TritonKernel(tma)), attend(without, TritonKernel(tma)))
+    kernel_cases.check_unattended_values(TritonKernel(tma))
 
 
 @on_gpu
 @pytest.mark.parametrize("tma", [True, False])
 def test_ring_hops_merge_to_the_whole(tma: bool) -> None:
-    problem = random_problem((64, 64), 128, torch.bfloat16, "cuda", (500, 700))
-    edges = (0, 192, 192, 448, 700)
-    outs, lses = [], []
-    for mask, start, stop in zip(problem.mask.split_keys(edges), edges[:-1], edges[1:], strict=True):
-        hop = replace(problem, key=problem.key[:, start:stop], value=problem.value[:, start:stop], mask=mask)
-        out, lse = attend(hop, TritonKernel(tma))
-        outs.append(out.double())
-        lses.append(lse.double())
-    total = torch.stack(lses).logsumexp(0)
-    weights = (torch.stack(lses) - total.masked_fill(total.isinf(), 0.0)).exp().transpose(2, 3).unsqueeze(-1)
-    merged = (torch.stack(outs) * weights).sum(0).to(torch.bfloat16)
-    assert_accurate(merged, total.float(), problem)
+    kernel_cases.check_ring_hops(TritonKernel(tma))
 
 
 @on_gpu
@@ -157,22 +122,7 @@ def test_offsets_past_32_bits(tma: bool) -> None:
 
 @on_gpu
 def test_empty_sizes() -> None:
-    full = to_device(random_mask(torch.Generator(), 1, 2, (64, 64), 70, 70), "cuda")
-    no_queries = replace(full, indices=full.indices[:, :, :0], counts=full.counts[:, :, :0], query_length=0)
-    no_keys = replace(full, indices=full.indices[..., :0], counts=full.counts * 0, key_length=0)
-    no_heads = replace(full, indices=full.indices[:, :0], counts=full.counts[:, :0])
-    for mask in (no_queries, no_keys, no_heads):
-        heads = mask.counts.shape[1]
-        query, key = (
-            torch.ones(1, n, heads, 64, dtype=torch.float16, device="cuda")
-            for n in (mask.query_length, mask.key_length)
-        )
-        out, lse = TritonKernel()(query, key, key, mask, 1.0)
-        assert out.shape == query.shape
-        assert out.eq(0).all()
-        assert lse is not None
-        assert lse.shape == (1, heads, mask.query_length)
-        assert lse.eq(float("-inf")).all()
+    kernel_cases.check_empty_sizes(TritonKernel(), "cuda")
 
 
 @on_gpu
