@@ -16,14 +16,23 @@ import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import date
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
+
+from launch.benchmarks.environment import environment  # noqa: E402
+from sp_sparse import (  # noqa: E402
+    AttentionRecorder,
+    SequenceParallelMesh,
+    SparseAttention,
+    SparseAttentionConfig,
+    VideoGrid,
+)
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,7 @@ def main() -> int:
         if arguments.output:
             with open(arguments.output, "a") as file:
                 for result in results:
-                    file.write(json.dumps({**asdict(result), **_environment(device)}) + "\n")
+                    file.write(json.dumps({**asdict(result), **environment(device)}) + "\n")
     if dist.is_initialized():
         dist.destroy_process_group()
     return 1 if failed else 0
@@ -214,16 +223,6 @@ def _print_table(results: list[Result]) -> None:
             f"  {r.error_against_float64:10.3e}  {r.same_precision_error:13.3e}  {r.ms_one_device:7.2f} {r.ms_mesh:7.2f}"
             f"{'' if _passes(r) else '  FAILED'}"
         )
-
-
-def _environment(device: torch.device) -> dict[str, str]:
-    versions = f"torch {torch.__version__}, python {sys.version.split()[0]}"
-    if device.type == "cuda":
-        import triton
-
-        versions += f", triton {triton.__version__}, NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}"
-    hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    return {"hardware": hardware, "versions": versions, "date": date.today().isoformat()}
 
 
 if __name__ == "__main__":
