@@ -15,6 +15,7 @@ from sp_sparse.mask import BlockMask
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
+from sp_sparse.parallel.whole_keys import WholeKeysStrategy
 from sp_sparse.recorder import AttentionRecorder
 from sp_sparse.selection.static import StaticBlocks, select_static, static_rows
 from sp_sparse.selection.summaries import block_means, block_scores
@@ -39,6 +40,7 @@ class SparseAttention:
         layer: int = 0,
         expert: int = 0,
         recorder: AttentionRecorder | None = None,
+        whole_keys: bool = False,
     ) -> None:
         """A collective call on meshes of several ranks, which compare their arguments.
 
@@ -50,6 +52,8 @@ class SparseAttention:
             layer: number of the layer, for the schedule.
             expert: 0, or 1 for the second (low-noise) expert of Wan 2.2.
             recorder: counts calls and measures densities; None measures nothing.
+            whole_keys: the ranks of the mesh, a ring without Ulysses, share the queries, but each call brings the keys and
+                values of the whole sequence without padding.
 
         Raises:
             ValueError: backend `none`, an unknown backend, one that cannot serve the mesh, fewer heads than Ulysses ranks.
@@ -59,6 +63,8 @@ class SparseAttention:
         mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
         if config.backend == "none":
             raise ValueError("backend 'none' means the model's own attention; choose a backend such as 'auto'")
+        if whole_keys and mesh.ulysses_degree > 1:
+            raise ValueError(f"whole_keys with ulysses_degree={mesh.ulysses_degree}: give a mesh of ring ranks alone")
         if mesh.ring_degree > 1:
             check_returns_lse(config.backend)
         elif config.backend != "auto":
@@ -66,10 +72,11 @@ class SparseAttention:
         self.config = config
         self.num_heads, self.head_dim = num_heads, head_dim
         self.layer, self.expert = layer, expert
-        self.strategy = SequenceParallelStrategy(mesh, math.lcm(*config.block_size), config.kv_exchange)
+        strategy = WholeKeysStrategy if whole_keys else SequenceParallelStrategy
+        self.strategy = strategy(mesh, math.lcm(*config.block_size), config.kv_exchange)
         self.strategy.heads(num_heads)
         self._schedule = config.schedule_for(expert)
-        self._recorder = recorder
+        self.recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
         self._static: dict[tuple[VideoGrid, SequenceShards, torch.device], StaticBlocks] = {}
 
@@ -123,8 +130,8 @@ class SparseAttention:
         # All heads of this rank, or chunk by chunk where that hides communication.
         masks: list[BlockMask | None] = []
         out = self.strategy.run(attend_heads, query, key, value, shards)
-        if self._recorder is not None:
-            self._recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
+        if self.recorder is not None:
+            self.recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
         return out
 
     def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
@@ -181,8 +188,9 @@ class SparseAttention:
             raise ValueError(
                 f"query has shape {tuple(query.shape)}, but this layer takes [B, S, {self.num_heads}, {self.head_dim}]"
             )
+        shape = (query.shape[0], self.strategy.key_tokens(query.shape[1], shards), *query.shape[2:])
         for name, x in (("key", key), ("value", value)):
-            if x.shape != query.shape or x.dtype != query.dtype or x.device != query.device:
+            if x.shape != shape or x.dtype != query.dtype or x.device != query.device:
                 raise ValueError(
                     f"{name} is {tuple(x.shape)} {x.dtype} on {x.device}, query is {tuple(query.shape)} {query.dtype} on "
                     f"{query.device}; self-attention takes three alike"

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from hypothesis import Phase, settings
 
 torch.set_num_threads(1)
+
+# Has an environment of its own: launch/test_vllm_omni.sh
+collect_ignore = [] if find_spec("vllm_omni") else ["vllm_omni"]
 
 # No deadline: nothing here asserts a time. Derandomised: a failure on one machine is a failure on every machine.
 settings.register_profile("sp_sparse", deadline=None, max_examples=50, derandomize=True, database=None)

@@ -200,6 +200,10 @@ class SequenceParallelStrategy:
         counts = [num_blocks(length, block) for length in metadata.lengths]
         return all_gather_uneven(summaries, counts, group, dim=2)
 
+    def key_tokens(self, query_tokens: int, metadata: SequenceShards) -> int:
+        """Tokens of key and value that a rank brings beside so many queries."""
+        return query_tokens
+
     def _start_gather(self, x: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup) -> Gathering:
         return start_gather(x, self._group_tokens(shards), ranges, group)
 
