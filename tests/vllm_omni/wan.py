@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from sp_sparse import AttentionRecorder
@@ -54,7 +53,7 @@ class Job:
         backend: of role `self`; `cross` has vllm-omni's default.
         steps: denoising steps to run, one after the other, on the same latents.
         parallel: further fields of DiffusionParallelConfig.
-        default: backend for all other roles.
+        default: backend of the roles that have none of their own.
     """
 
     grid: tuple[int, int, int]
@@ -78,10 +77,10 @@ class Result:
     """What a rank saw.
 
     Attributes:
-        output: the model's, whole on every rank.
-        masks: (layer, first head of this rank, dense bool mask) of each sparse call.
+        output: the model's at each step, `[steps, B, C, T, H, W]`, whole on every rank.
+        masks: (layer, dense bool mask of this rank's heads and query blocks) of each sparse call.
         sparse, dense: calls of self-attention by kind.
-        cross: calls of cross-attention that reached SP_SPARSE.
+        strategy: vllm-omni's name of how the ranks share the sequence.
     """
 
     output: Tensor
@@ -91,14 +90,14 @@ class Result:
     strategy: str
 
 
-def run(mesh: Mesh, job: Job, inspect: Callable[[nn.Module], None] | None = None) -> list[Result]:
-    """Run a job on forked ranks; the result of each. `inspect` sees the model of every rank afterwards."""
+def run(mesh: Mesh, job: Job) -> list[Result]:
+    """Run a job on forked ranks; the result of each."""
     with tempfile.TemporaryDirectory() as folder:
-        run_ranks(mesh.ranks, _rank, mesh, job, Path(folder), inspect)
+        run_ranks(mesh.ranks, _rank, mesh, job, Path(folder))
         return [torch.load(Path(folder) / str(rank), weights_only=False) for rank in range(mesh.ranks)]
 
 
-def _rank(rank: int, mesh: Mesh, job: Job, folder: Path, inspect: Callable[[nn.Module], None] | None) -> None:
+def _rank(rank: int, mesh: Mesh, job: Job, folder: Path) -> None:
     with built(rank, mesh, job) as (model, forward), torch.no_grad():
         layers = self_attentions(model)
         recorder = AttentionRecorder(keep_masks=True)
@@ -114,8 +113,6 @@ def _rank(rank: int, mesh: Mesh, job: Job, folder: Path, inspect: Callable[[nn.M
             model.blocks[0].attn1.attn.parallel_strategy.name,
         )
         torch.save(result, folder / str(rank))
-        if inspect is not None:
-            inspect(model)
 
 
 @contextmanager
@@ -179,8 +176,3 @@ def self_attentions(model: nn.Module) -> list[Any]:
 
     found = [getattr(module, "attention", None) for module in model.modules()]
     return [impl.sparse for impl in found if isinstance(impl, SparseAttentionImpl) and impl.sparse is not None]
-
-
-def barrier() -> None:
-    if dist.get_world_size() > 1:
-        dist.barrier()
