@@ -22,7 +22,7 @@ class WholeKeysStrategy(SequenceParallelStrategy):
     def pre_attention(
         self, query: Tensor, key: Tensor, value: Tensor, metadata: SequenceShards
     ) -> tuple[Tensor, Tensor, Tensor, SequenceShards, ParallelContext]:
-        """Queries `[B, S_rank, H, D]` -> those of the shard that starts at a block edge; keys and values stay as they are."""
+        """Queries `[B, S_rank, H, D]` -> those of the shard that starts at a block edge; keys and values stay."""
         self._check_held(query, metadata)
         aligned = metadata.realigned(self.block)
         if aligned != metadata:

@@ -15,13 +15,16 @@ from tests.vllm_omni.wan import Job, Mesh, built, run
 
 GRID, PADDED = (4, 6, 9), (3, 5, 5)
 OWN = Job(GRID, backend="TORCH_SDPA")
+MESHES = pytest.mark.parametrize(
+    "mesh", [Mesh(), Mesh(ulysses=2), Mesh(ring=2), Mesh(ulysses=2, ring=2), Mesh(allgather=2)], ids=str
+)
 NUM_STEPS = {"block_size": 16, "num_steps": 10}
 
 
-@pytest.mark.parametrize("mesh", [Mesh(), Mesh(ulysses=2), Mesh(ring=2), Mesh(ulysses=2, ring=2), Mesh(allgather=2)], ids=str)
+@MESHES
 def test_dense_steps_are_those_of_vllm_omni(mesh: Mesh) -> None:
     own, one = run(mesh, OWN)[0], run(Mesh(), Job(GRID))[0]
-    first, second = (run(mesh, Job(GRID, {"sparsity": 0.6, "start_step": 3}, steps=(2, 3)))[0].output)
+    first, second = run(mesh, Job(GRID, {"sparsity": 0.6, "start_step": 3}, steps=(2, 3)))[0].output
     assert torch.equal(first, own.output[0]), "step 2 is dense, to the last bit as vllm-omni computes it on this mesh"
     assert relative_error(second, one.output[0]) < 1e-5, "step 3 is sparse"
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import pytest
@@ -37,7 +37,7 @@ CASES = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def _single(grid: tuple[int, int, int], sparsity: float) -> Result:
     return run(Mesh(), Job(grid, {"sparsity": sparsity}))[0]
 
@@ -60,7 +60,7 @@ def test_every_mesh_equals_one_rank(name: str, sparsity: float) -> None:
 
 
 def _share(whole: Tensor, mesh: Mesh, grid: tuple[int, int, int], rank: int) -> Tensor:
-    """The heads and query blocks of a rank. vllm-omni rounds its heads up, and the last rank's may be none of the model's."""
+    """The heads and query blocks of a rank. vllm-omni rounds its heads up: the last rank's may be none."""
     heads = -(-whole.shape[1] // mesh.ulysses)
     ring_rank, ulysses_rank = divmod(rank, mesh.ulysses)
     tokens = grid[0] * grid[1] * grid[2]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from sp_sparse import AttentionRecorder
 from tests.ranks import run_ranks
 
-SHAPE = {
+SHAPE: dict[str, Any] = {
     "patch_size": (1, 2, 2),
     "num_attention_heads": 4,
     "attention_head_dim": 32,
@@ -167,7 +167,9 @@ def fill(model: nn.Module) -> None:
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
         scale = 0.3 if parameter.ndim > 1 else 0.1
         values = torch.randn(parameter.shape, generator=generator) * scale
-        parameter.data.copy_(values + (1.0 if name.endswith("norm_q.weight") or name.endswith("norm_k.weight") else 0.0))
+        parameter.data.copy_(
+            values + (1.0 if name.endswith("norm_q.weight") or name.endswith("norm_k.weight") else 0.0)
+        )
 
 
 def self_attentions(model: nn.Module) -> list[Any]:

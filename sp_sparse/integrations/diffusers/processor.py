@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sp_sparse.attention import SparseAttention
 from sp_sparse.integrations.diffusers.call import WanCall
-from sp_sparse.integrations.diffusers.opaque import OpaqueCall
+from sp_sparse.integrations.opaque import OpaqueCall
 
 
 class SparseWanProcessor:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata
 
+from sp_sparse.integrations.opaque import OpaqueCall
+from sp_sparse.integrations.vllm_omni.call import video_grid
 from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME
 from sp_sparse.integrations.vllm_omni.versions import check_version
 
@@ -66,7 +67,7 @@ class SparseAttentionImpl(AttentionImpl):
 
         if role not in ("self", "cross"):
             raise ValueError(
-                f"{BACKEND_NAME} serves self-attention, and layer {prefix!r} has role {role!r}; choose it for self-attention "
+                f"{BACKEND_NAME} serves self-attention, and layer {prefix!r} has role {role!r}; choose it for that role "
                 'alone: --diffusion-attention-config \'{"per_role": {"self": {"backend": "SP_SPARSE"}}}\''
             )
         self.dense = DenseAttention(
@@ -91,19 +92,21 @@ class SparseAttentionImpl(AttentionImpl):
                 self.dense, backend_kwargs, num_heads=num_heads, head_size=head_size, scale=softmax_scale, prefix=prefix
             )
 
-    # What a call does depends on the denoising step; traced, that would be compiled anew at every step.
-    @torch.compiler.disable
+            # Opaque to torch.compile: what a call does depends on the denoising step.
+            self._local, self._ring = OpaqueCall(self.sparse.local), OpaqueCall(self.sparse.ring)
+
     def forward_cuda(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None = None
     ) -> Tensor:
         """`[B, S, H, D]` each -> `[B, S, H, D]`: every token of some heads, or under all-gather-KV this rank's queries."""
         if self.sparse is None:
             return self.dense.local(query, key, value, attn_metadata)
-        return self.sparse.local(query, key, value, attn_metadata)
+        return self._local(query, key, value, *video_grid(attn_metadata))
 
-    @torch.compiler.disable
-    def forward_ring(self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None) -> Tensor:
+    def forward_ring(
+        self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
+    ) -> Tensor:
         """`[B, S / R, H, D]` each -> the same; called by the hook of `ring_hook` in place of vllm-omni's ring."""
         if self.sparse is None:
             return self.dense.ring(query, key, value, attn_metadata)
-        return self.sparse.ring(query, key, value, attn_metadata)
+        return self._ring(query, key, value, *video_grid(attn_metadata))

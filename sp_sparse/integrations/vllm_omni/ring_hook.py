@@ -39,7 +39,7 @@ def require_ring_hook() -> None:
         _place(original)
     if not getattr(getattr(Attention, _HOOKED, None), _MARK, False):
         raise RuntimeError(
-            f"sp_sparse's hook on Attention.{_HOOKED} is not in place, so vllm-omni's ring would run dense; use ring_degree=1"
+            f"sp_sparse's hook on Attention.{_HOOKED} is not in place, and without it a ring runs dense; use ring_degree=1"
         )
 
 

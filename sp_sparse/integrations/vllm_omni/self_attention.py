@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
-from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 from vllm_omni.platforms import current_omni_platform
 
 from sp_sparse.attention import SparseAttention
-from sp_sparse.integrations.vllm_omni.call import Call, read_call
+from sp_sparse.integrations.vllm_omni.call import Call
 from sp_sparse.integrations.vllm_omni.dense import DenseAttention
 from sp_sparse.integrations.vllm_omni.mesh import OmniMesh, Place
 from sp_sparse.integrations.vllm_omni.order import TokenOrder
@@ -74,11 +73,14 @@ class SparseSelfAttention:
             # A kernel that cannot run is refused now rather than at the first request.
             layer.kernel_for(torch.device(current_omni_platform.device_type), config.dtype)
 
-    def local(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata | None) -> Tensor:
-        """Attention where this rank holds every token of some heads, or its own queries and every key."""
-        call = read_call(metadata)
+    def local(self, query: Tensor, key: Tensor, value: Tensor, *grid: int) -> Tensor:
+        """Attention over a video of `grid` where this rank holds every token of some heads, or its queries and all keys."""
+        call = Call.now(*grid)
         tokens, padded = call.grid.num_tokens, self.mesh.padded(call.grid.num_tokens)
-        gathered = self.mesh.allgather_degree > 1 and (query.shape[1], key.shape[1]) == (padded // self.mesh.ranks, padded)
+        gathered = self.mesh.allgather_degree > 1 and (query.shape[1], key.shape[1]) == (
+            padded // self.mesh.ranks,
+            padded,
+        )
         if not gathered and (query.shape[1] not in (tokens, padded) or key.shape[1] != query.shape[1]):
             raise ValueError(
                 f"SP_SPARSE was called with {query.shape[1]} queries and {key.shape[1]} keys of a video of {tokens} tokens "
@@ -88,7 +90,7 @@ class SparseSelfAttention:
         # Views without what vllm-omni padded, which is never attended.
         q, k, v = (x if x is query and gathered else x[:, :tokens] for x in (query, key, value))
         if self._is_dense(call):
-            out = self._dense.local(q, k, v, metadata)
+            out = self._dense.local(q, k, v, call.metadata())
         elif gathered:
             out = self._attend("allgather", q, k, v, call)
         else:
@@ -98,11 +100,11 @@ class SparseSelfAttention:
             return out
         return torch.cat([out, out.new_zeros(out.shape[0], query.shape[1] - out.shape[1], *out.shape[2:])], 1)
 
-    def ring(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata | None) -> Tensor:
-        """Attention of this ring shard's queries, some heads of them, over the keys of all ring ranks."""
-        call = read_call(metadata)
+    def ring(self, query: Tensor, key: Tensor, value: Tensor, *grid: int) -> Tensor:
+        """Attention over a video of `grid` of this ring shard's queries, some heads of them, and the keys of all ranks."""
+        call = Call.now(*grid)
         if self._is_dense(call):
-            return self._dense.ring(query, key, value, metadata)
+            return self._dense.ring(query, key, value, call.metadata())
         return self._attend("ring", query, key, value, call)
 
     def record(self, recorder: AttentionRecorder) -> None:
@@ -119,7 +121,9 @@ class SparseSelfAttention:
                 "raster order; use token_order raster, or Ulysses alone"
             )
         if self.layer is None and self.settings.depends_on_layer:
-            raise ValueError(f"layer {prefix!r} has no number, by which skip_layers and the schedule go; leave them out")
+            raise ValueError(
+                f"layer {prefix!r} has no number, by which skip_layers and the schedule go; leave them out"
+            )
         if getattr(getattr(config, "parallel_config", None), "mask_sp_padding", False):
             raise ValueError("mask_sp_padding masks what SP_SPARSE never attends anyway; leave it out")
 

@@ -58,13 +58,17 @@ class Settings:
         given = {"sparsity": 0.8, **(block_sparse or {})}
         unknown = sorted(set(given) - _BLOCK_SPARSE)
         if unknown:
-            raise ValueError(f"SP_SPARSE does not know {', '.join(unknown)}; it knows {', '.join(sorted(_BLOCK_SPARSE))}")
+            raise ValueError(
+                f"SP_SPARSE does not know {', '.join(unknown)}; it knows {', '.join(sorted(_BLOCK_SPARSE))}"
+            )
         if given.get("precision", "bf16") != "bf16":
             raise ValueError(
                 f"block_sparse.precision={given['precision']!r}: SP_SPARSE computes in the model's dtype; leave it out"
             )
         if not 0.0 <= given["sparsity"] < 1.0:
-            raise ValueError(f"block_sparse.sparsity={given['sparsity']} would leave out every block; use less than 1.0")
+            raise ValueError(
+                f"block_sparse.sparsity={given['sparsity']} would leave out every block; use less than 1.0"
+            )
         rest = _rest(additional)
         num_steps = rest.pop("num_steps", None)
         config = SparseAttentionConfig.from_mapping(
@@ -100,7 +104,9 @@ class Settings:
         num_steps = self.total(num_steps)
         if self.end_step and num_steps is not None:
             if step is None:
-                raise ValueError(f"block_sparse.end_step={self.end_step} needs the denoising step, which is not told here")
+                raise ValueError(
+                    f"block_sparse.end_step={self.end_step} needs the denoising step, which is not told here"
+                )
             if step >= num_steps - self.end_step:
                 return 1.0
         return self.config.schedule_for(0).density(layer or 0, step, num_steps)
@@ -133,6 +139,7 @@ def _rest(additional: Mapping[str, Any] | None) -> dict[str, Any]:
     unknown = sorted(set(rest) - known)
     if unknown:
         raise ValueError(
-            f'unknown options {", ".join(unknown)} under "{KEY}" in --additional-config; known are {", ".join(sorted(known))}'
+            f'unknown options {", ".join(unknown)} under "{KEY}" in --additional-config; '
+            f"known are {', '.join(sorted(known))}"
         )
     return dict(rest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from weakref import WeakValueDictionary
 
 import torch
@@ -15,27 +15,27 @@ _NUMBERS = itertools.count()
 
 
 class OpaqueCall:
-    """Calls `function(query, key, value)`, within a compiled graph as the operator `sp_sparse::attend`."""
+    """Calls `function(query, key, value, *sizes)`, within a compiled graph as the operator `sp_sparse::attend`."""
 
-    def __init__(self, function: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
+    def __init__(self, function: Callable[..., Tensor]) -> None:
         self.function = function
         number = next(_NUMBERS)
         _CALLS[number] = self
         # A tensor, as an integer would be compiled into the graph, once a layer.
         self._number = torch.tensor(number)
 
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, *sizes: int) -> Tensor:
         if torch.compiler.is_compiling():
-            return _attend(query, key, value, self._number)
-        return self.function(query, key, value)
+            return _attend(query, key, value, self._number, sizes)
+        return self.function(query, key, value, *sizes)
 
 
 @torch.library.custom_op("sp_sparse::attend", mutates_args=())
-def _attend(query: Tensor, key: Tensor, value: Tensor, number: Tensor) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, number: Tensor, sizes: Sequence[int]) -> Tensor:
     # The compiled code around it relies on the layout that the fake below tells.
-    return _CALLS[int(number)].function(query, key, value).contiguous()
+    return _CALLS[int(number)].function(query, key, value, *sizes).contiguous()
 
 
 @_attend.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, number: Tensor) -> Tensor:
+def _(query: Tensor, key: Tensor, value: Tensor, number: Tensor, sizes: Sequence[int]) -> Tensor:
     return query.new_empty(query.shape)

@@ -1,0 +1,132 @@
+"""Run by test_registration: `vllm serve --omni` up to its stage's configuration, from a model folder without weights."""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+# Imported by parts of the server that are not run here; large, or without a build for a CPU.
+ABSENT = {"model_hosting_container_standards", "torchvision", "torchaudio", "av"}
+
+
+class _Nothing(type):
+    """A class each of whose attributes is itself."""
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return cls
+
+
+class Nothing(metaclass=_Nothing):
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def __call__(self, *arguments: Any, **_: Any) -> Any:
+        return arguments[0] if arguments else self
+
+
+class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds the absent packages, empty."""
+
+    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
+        if name.partition(".")[0] not in ABSENT:
+            return None
+        return importlib.machinery.ModuleSpec(name, self, is_package=True)
+
+    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
+        module = types.ModuleType(spec.name)
+        module.__path__ = []
+        module.__getattr__ = lambda name: getattr(Nothing, name) and Nothing  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: types.ModuleType) -> None:
+        pass
+
+
+def main() -> None:
+    import transformers.utils.import_utils as found
+
+    for name in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
+        setattr(found, name, lambda *_, **__: False)
+    sys.meta_path.append(Absent())
+
+    from tests.vllm_omni import cpu
+
+    cpu.install()
+    from vllm_omni.diffusion import data
+    from vllm_omni.entrypoints.cli import serve
+    from vllm_omni.utils.tracking_parser import TrackingArgumentParser
+
+    assert "SP_SPARSE" not in data.BLOCK_SPARSE_BACKENDS
+    serve._ensure_vllm_platform()
+    parser = TrackingArgumentParser()
+    commands = parser.add_subparsers(required=False, dest="subparser")
+    for command in serve.cmd_init():
+        command.subparser_init(commands)
+    assert "SP_SPARSE" in data.BLOCK_SPARSE_BACKENDS, "registered before a configuration is read"
+    with tempfile.TemporaryDirectory() as folder:
+        _write_model(Path(folder))
+        spec = {"backend": "SP_SPARSE", "block_sparse": {"sparsity": 0.7, "start_step": 10, "skip_layers": "0-1"}}
+        for flags in (
+            ["--diffusion-attention-config", json.dumps({"per_role": {"self": spec}})],
+            [
+                *("--diffusion-attention-config.per_role.self.backend", "SP_SPARSE"),
+                *("--diffusion-attention-config.per_role.self.block_sparse.sparsity", "0.7"),
+                *("--diffusion-attention-config.per_role.self.block_sparse.start_step", "10"),
+                *("--diffusion-attention-config.per_role.self.block_sparse.skip_layers", "0-1"),
+            ],
+        ):
+            _check(parser, folder, flags)
+    print("command line: ok")
+
+
+def _write_model(folder: Path) -> None:
+    parts = {name: ["diffusers", "WanTransformer3DModel"] for name in ("transformer", "transformer_2")}
+    index = {"_class_name": "WanPipeline", "_diffusers_version": "0.35.0", "boundary_ratio": 0.875, **parts}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    for name in parts:
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(
+            json.dumps({"_class_name": "WanTransformer3DModel", "num_layers": 2})
+        )
+
+
+def _check(parser: Any, model: str, attention: list[str]) -> None:
+    from vllm_omni.config.resolver import resolve_omni_config
+
+    from sp_sparse.integrations.vllm_omni.settings import Settings
+
+    additional = json.dumps({"sp_sparse": {"backend": "triton", "block_size": "128x64"}})
+    degrees = ["--ulysses-degree", "2", "--ring-degree", "2"]
+    args = parser.parse_args(["serve", model, "--omni", *degrees, *attention, "--additional-config", additional])
+    names = ("diffusion_attention_config", "additional_config", "ulysses_degree", "ring_degree")
+    resolved = resolve_omni_config(
+        model,
+        trust_remote_code=None,
+        deploy_config_path=None,
+        cli_overrides={name: getattr(args, name) for name in names},
+        stage_overrides=None,
+        strategy_config_path=None,
+    )
+    (stage,) = resolved.stage_configs
+    diffusion = stage.diffusion_config
+    spec, _ = diffusion.diffusion_attention_config.resolve_with_source("self")
+    settings = Settings.read(spec.backend_kwargs(), diffusion.additional_config)
+    assert (settings.start_step, settings.skip_layers) == (10, frozenset({0, 1}))
+    assert (settings.config.topk, settings.config.backend, settings.config.block_size) == (0.3, "triton", (128, 64))
+    assert diffusion.diffusion_attention_config.resolve_with_source("cross") == (None, None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,194 @@
+"""What cannot run sparse is refused, at construction where that is possible, and never runs dense."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata, VideoTokenLayout, VideoTokenSpan
+from vllm_omni.diffusion.attention.layer import Attention
+
+from sp_sparse.integrations.vllm_omni import ring_hook
+from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend, SparseAttentionImpl
+from tests.ranks import run_ranks
+from tests.vllm_omni.wan import Job, Mesh, built, self_attentions
+
+GRID = (4, 6, 9)
+HOOKED = "_run_ring_attention"
+
+
+def _build(rank: int, mesh: Mesh, job: Job, message: str, step: int | None = None) -> None:
+    """Fails to build, or with a step to run, with this message."""
+    if step is None:
+        with pytest.raises((RuntimeError, ValueError), match=message), built(rank, mesh, job):
+            pass
+        return
+    with (
+        built(rank, mesh, job) as (_, forward),
+        torch.no_grad(),
+        pytest.raises((RuntimeError, ValueError), match=message),
+    ):
+        forward(step)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "job", "message"),
+    [
+        (Mesh(), Job(GRID, options={"tokn_order": "tile"}), "unknown options tokn_order"),
+        (Mesh(), Job(GRID, options={"backend": "fa4"}), "'fa4' cannot run here: device cpu is not among cuda"),
+        (
+            Mesh(ring=2),
+            Job(GRID, options={"token_order": "tile"}),
+            "under ring 2 vllm-omni cuts .* use token_order raster",
+        ),
+        (
+            Mesh(allgather=2),
+            Job(GRID, options={"token_order": "tile"}),
+            "under all-gather-KV 2 .* use token_order raster",
+        ),
+        (Mesh(ulysses=2), Job(GRID, parallel={"mask_sp_padding": True}), "mask_sp_padding .* leave it out"),
+    ],
+    ids=["unknown-key", "kernel", "order-ring", "order-allgather", "mask"],
+)
+def test_construction(mesh: Mesh, job: Job, message: str) -> None:
+    run_ranks(mesh.ranks, _build, mesh, job, message)
+
+
+def test_a_ring_of_padded_tokens_is_refused_by_vllm_omni() -> None:
+    message = r"Sequence length \(75\) is not divisible by SP world size \(2\)"
+    run_ranks(2, _build, Mesh(ring=2), Job((3, 5, 5)), message, 3)
+
+
+def test_heads_that_do_not_divide_are_refused_by_vllm_omni_without_its_flag() -> None:
+    run_ranks(3, _build, Mesh(ulysses=3), Job(GRID), "ulysses_mode='advanced_uaa'", 3)
+
+
+def _check_ring(rank: int, spoil: Callable[[], Any], message: str) -> None:
+    with spoil():
+        _build(rank, Mesh(ring=2), Job(GRID), message)
+
+
+def _hook_that_does_not_hold() -> Any:
+    return mock.patch.object(ring_hook, "_place", return_value=None)
+
+
+def _other_parameters() -> Any:
+    def run(self: Any, query: Tensor, key: Tensor, value: Tensor, attn_metadata: Any, window: int) -> None:
+        """Another version's."""
+
+    return mock.patch.object(Attention, HOOKED, run)
+
+
+def _not_there() -> Any:
+    return mock.patch.object(Attention, HOOKED, None)
+
+
+def _uncalled(self: Any, *_: Any) -> None:
+    """Another version's."""
+
+
+def _not_called() -> Any:
+    return mock.patch.object(Attention, "_forward_impl", _uncalled)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (_hook_that_does_not_hold, "hook on Attention._run_ring_attention is not in place.*runs dense"),
+        (_other_parameters, r"cannot be reached.*'window'\], expected \['self'"),
+        (_not_there, "cannot be reached: .* has parameters None"),
+        (_not_called, "cannot be reached.*not called by _forward_impl"),
+    ],
+)
+def test_a_ring_without_its_hook_is_not_built(spoil: Callable[[], Any], message: str) -> None:
+    assert not hasattr(getattr(Attention, HOOKED), ring_hook._MARK), "nothing is replaced before a ring is asked for"
+    run_ranks(2, _check_ring, spoil, message)
+
+
+def _check_passed_over(rank: int) -> None:
+    with built(rank, Mesh(ring=2), Job(GRID)) as (model, _):
+        layer = self_attentions(model)[0]
+        shard = torch.randn(1, 108, 4, 32)
+        with pytest.raises(ValueError, match=r"108 queries and 108 keys of a video of 216 tokens .* passed over"):
+            layer.local(shard, shard, shard, *GRID)
+
+
+def test_a_shard_is_never_taken_for_the_sequence() -> None:
+    run_ranks(2, _check_passed_over)
+
+
+def _check_hook_leaves_others_alone(rank: int) -> None:
+    """Another backend in the same process runs vllm-omni's own ring."""
+    with built(rank, Mesh(ring=2), Job(GRID)) as (model, _):
+        attention = model.blocks[0].attn1.attn
+        assert isinstance(attention.attention, SparseAttentionImpl)
+        other = mock.Mock(spec=["ring_runner", "softmax_scale", "causal", "attention"])
+        other.attention, other.softmax_scale, other.causal = object(), 0.5, False
+        Attention._run_ring_attention(other, "q", "k", "v", None)
+        other.ring_runner.run_attention.assert_called_once_with("q", "k", "v", None, softmax_scale=0.5, causal=False)
+
+
+def test_the_hook_leaves_other_backends_alone() -> None:
+    run_ranks(2, _check_hook_leaves_others_alone)
+
+
+SPAN = VideoTokenSpan(start=0, latent_grid=GRID, role="target")
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        (None, r"does not tell the grid of its video \(video_layout\)"),
+        (AttentionMetadata(), "does not tell the grid"),
+        (AttentionMetadata(video_layout=VideoTokenLayout(prefix_len=7, latent_grid=GRID)), "more than one video"),
+        (AttentionMetadata(video_layout=VideoTokenLayout(latent_grid=GRID, used_len=300)), "more than one video"),
+        (
+            AttentionMetadata(video_layout=VideoTokenLayout(latent_grid=GRID, video_spans=(SPAN,))),
+            "more than one video",
+        ),
+        (
+            AttentionMetadata(video_layout=VideoTokenLayout(latent_grid=GRID), attn_mask=torch.ones(1, 216)),
+            "has attn_mask, which SP_SPARSE does not take",
+        ),
+    ],
+    ids=["none", "no-layout", "prefix", "longer", "spans", "mask"],
+)
+def test_sequences_that_are_not_one_video(metadata: AttentionMetadata | None, message: str) -> None:
+    query, key, value = torch.randn(3, 1, 216, 4, 32)
+    with pytest.raises(ValueError, match=message):
+        _implementation().forward_cuda(query, key, value, metadata)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"role": "joint"}, "serves self-attention, and layer 'blocks.0.attn1' has role 'joint'"),
+        ({"causal": True}, "causal=True"),
+        ({"num_kv_heads": 2}, "4 query and 2 key heads"),
+        ({"qkv_layout": "BNSD"}, "qkv_layout='BNSD'"),
+        ({"prefix": "attn", "backend_kwargs": {"skip_layers": [1]}}, "layer 'attn' has no number"),
+    ],
+)
+def test_other_layers(layer: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _implementation(**layer)
+
+
+def _implementation(**changed: Any) -> SparseAttentionImpl:
+    layer = {"num_heads": 4, "head_size": 32, "softmax_scale": 32**-0.5, "num_kv_heads": 4, "prefix": "blocks.0.attn1"}
+    return SparseAttentionImpl(**{**layer, "qkv_layout": "BSND", "role": "self", **changed})
+
+
+def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sp_sparse.integrations.vllm_omni import versions
+
+    monkeypatch.setattr(versions, "version", lambda name: "0.31.0")
+    message = r"vllm-omni 0\.31\.0 is installed, but SP_SPARSE knows vllm-omni 0\.30\.\*; pip install"
+    with pytest.raises(RuntimeError, match=message):
+        SparseAttentionBackend.validate_available()
+    with pytest.raises(RuntimeError, match=message):
+        _implementation()
