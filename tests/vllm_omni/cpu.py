@@ -5,18 +5,17 @@ Must be installed before anything of vllm-omni but `vllm_omni.platforms` is impo
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-import types
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from launch.benchmarks.omni_model import do_without_compiled_parts
+
 
 def install() -> None:
     """Put the CPU platform, attention on it, and its dense ring in place. Calling it again does nothing."""
+    do_without_compiled_parts()
     import vllm_omni.platforms as platforms
 
     if type(platforms._current_omni_platform).__name__ == "CpuPlatform":
@@ -24,7 +23,6 @@ def install() -> None:
     platforms._current_omni_platform = _cpu_platform()
     _dispatch_attention()
     _dense_ring()
-    _skip_pipelines()
 
 
 def _cpu_platform() -> Any:
@@ -86,14 +84,3 @@ def _dense_ring() -> None:
         return dense_attention(q, k, v, softmax_scale)
 
     ring_pytorch_attn.pytorch_attn_forward = attend
-
-
-def _skip_pipelines() -> None:
-    """The package's __init__ imports every Wan pipeline, with torchvision and video codecs; its modules do without."""
-    name = "vllm_omni.diffusion.models.wan2_2"
-    spec = importlib.util.find_spec("vllm_omni")
-    assert spec is not None
-    assert spec.origin is not None
-    package = types.ModuleType(name)
-    package.__path__ = [str(Path(spec.origin).parent / "diffusion" / "models" / "wan2_2")]
-    sys.modules[name] = package

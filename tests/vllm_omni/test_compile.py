@@ -9,7 +9,7 @@ import torch
 
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.vllm_omni.wan import Job, Mesh, built, self_attentions
+from tests.vllm_omni.wan import Job, Mesh, built
 
 JOB = Job((4, 6, 9), {"sparsity": 0.6, "start_step": 4})
 
@@ -23,9 +23,9 @@ def _check(rank: int, mesh: Mesh) -> None:
         graphs.append(module)
         return module
 
-    with built(rank, mesh, JOB) as (model, forward), torch.no_grad():
+    with built(mesh, JOB) as (transformer, forward), torch.no_grad():
         eager = [forward(step) for step in (0, 6)]
-        regionally_compile(model, backend=backend, dynamic=True)
+        regionally_compile(transformer.model, backend=backend, dynamic=True)
         compiled = [forward(0)]
         compiled_once = len(graphs)
         assert compiled_once > 0
@@ -34,7 +34,7 @@ def _check(rank: int, mesh: Mesh) -> None:
         assert len(graphs) == compiled_once, "a step was compiled anew"
         assert relative_error(compiled[0], eager[0]) < 1e-6
         assert relative_error(compiled[6], eager[1]) < 1e-6
-        for layer in self_attentions(model):
+        for layer in transformer.sparse_layers():
             assert (layer.dense_calls, layer.sparse_calls) == (1 + 4, 1 + 3)
 
 

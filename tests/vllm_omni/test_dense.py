@@ -67,9 +67,9 @@ def test_dense_steps_do_not_attend_padding(mesh: Mesh) -> None:
 
 
 def _check_cross(rank: int, mesh: Mesh, job: Job, expected: str) -> None:
-    with built(rank, mesh, job) as (model, forward), torch.no_grad():
+    with built(mesh, job) as (transformer, forward), torch.no_grad():
         reached: list[nn.Module] = []
-        for block in model.blocks:
+        for block in transformer.model.blocks:
             impl = block.attn2.attn.attention
             if getattr(impl, "sparse", "of vllm-omni") is None:  # SP_SPARSE is the default: it hands on
                 impl = impl.dense._local
@@ -77,7 +77,7 @@ def _check_cross(rank: int, mesh: Mesh, job: Job, expected: str) -> None:
             block.attn2.attn.register_forward_hook(lambda module, args, out: reached.append(module))
         forward(3)
         assert len(reached) == 2
-        assert all(block.attn1.attn.attention.sparse.sparse_calls == 1 for block in model.blocks)
+        assert all(block.attn1.attn.attention.sparse.sparse_calls == 1 for block in transformer.model.blocks)
 
 
 def test_cross_attention_keeps_its_own_backend() -> None:

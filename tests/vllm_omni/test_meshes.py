@@ -12,7 +12,7 @@ from torch import Tensor
 from sp_sparse import AttentionRecorder, SequenceShards
 from tests.oracle import block_rows, expand, masked_attention, relative_error
 from tests.ranks import run_ranks
-from tests.vllm_omni.wan import Job, Mesh, Result, built, run, self_attentions
+from tests.vllm_omni.wan import Job, Mesh, Result, built, run
 
 BLOCK = 16
 UNEVEN = {"ulysses_mode": "advanced_uaa"}  # 4 heads over 3 ranks
@@ -71,12 +71,12 @@ def _share(whole: Tensor, mesh: Mesh, grid: tuple[int, int, int], rank: int) -> 
 
 def _check_oracle(rank: int) -> None:
     """On one rank, each layer's output is float64 dense attention under its mask."""
-    with built(rank, Mesh(), Job(PLAIN)) as (model, forward), torch.no_grad():
+    with built(Mesh(), Job(PLAIN)) as (transformer, forward), torch.no_grad():
         calls: list[tuple[Any, ...]] = []
         recorder = AttentionRecorder(keep_masks=True)
-        for layer in self_attentions(model):
+        for layer in transformer.sparse_layers():
             layer.record(recorder)
-        for block in model.blocks:
+        for block in transformer.model.blocks:
             block.attn1.attn.register_forward_hook(lambda module, args, out: calls.append((*args[:3], out)))
         forward(3)
         assert len(calls) == 2

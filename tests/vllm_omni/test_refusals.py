@@ -15,7 +15,7 @@ from vllm_omni.diffusion.attention.layer import Attention
 from sp_sparse.integrations.vllm_omni import ring_hook
 from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend, SparseAttentionImpl
 from tests.ranks import run_ranks
-from tests.vllm_omni.wan import Job, Mesh, built, self_attentions
+from tests.vllm_omni.wan import Job, Mesh, built
 
 GRID = (4, 6, 9)
 HOOKED = "_run_ring_attention"
@@ -24,11 +24,11 @@ HOOKED = "_run_ring_attention"
 def _build(rank: int, mesh: Mesh, job: Job, message: str, step: int | None = None) -> None:
     """Fails to build, or with a step to run, with this message."""
     if step is None:
-        with pytest.raises((RuntimeError, ValueError), match=message), built(rank, mesh, job):
+        with pytest.raises((RuntimeError, ValueError), match=message), built(mesh, job):
             pass
         return
     with (
-        built(rank, mesh, job) as (_, forward),
+        built(mesh, job) as (_, forward),
         torch.no_grad(),
         pytest.raises((RuntimeError, ValueError), match=message),
     ):
@@ -110,8 +110,8 @@ def test_a_ring_without_its_hook_is_not_built(spoil: Callable[[], Any], message:
 
 
 def _check_passed_over(rank: int) -> None:
-    with built(rank, Mesh(ring=2), Job(GRID)) as (model, _):
-        layer = self_attentions(model)[0]
+    with built(Mesh(ring=2), Job(GRID)) as (transformer, _):
+        layer = transformer.sparse_layers()[0]
         shard = torch.randn(1, 108, 4, 32)
         with pytest.raises(ValueError, match=r"108 queries and 108 keys of a video of 216 tokens .* passed over"):
             layer.local(shard, shard, shard, *GRID)
@@ -123,8 +123,8 @@ def test_a_shard_is_never_taken_for_the_sequence() -> None:
 
 def _check_hook_leaves_others_alone(rank: int) -> None:
     """Another backend in the same process runs vllm-omni's own ring."""
-    with built(rank, Mesh(ring=2), Job(GRID)) as (model, _):
-        attention = model.blocks[0].attn1.attn
+    with built(Mesh(ring=2), Job(GRID)) as (transformer, _):
+        attention = transformer.model.blocks[0].attn1.attn
         assert isinstance(attention.attention, SparseAttentionImpl)
         other = mock.Mock(spec=["ring_runner", "softmax_scale", "causal", "attention"])
         other.attention, other.softmax_scale, other.causal = object(), 0.5, False

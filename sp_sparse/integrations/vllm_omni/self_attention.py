@@ -107,11 +107,16 @@ class SparseSelfAttention:
             return self._dense.ring(query, key, value, call.metadata())
         return self._attend("ring", query, key, value, call)
 
-    def record(self, recorder: AttentionRecorder) -> None:
-        """Measure the densities of the sparse calls from now on."""
+    def record(self, recorder: AttentionRecorder | None) -> None:
+        """Measure the densities of the sparse calls from now on, or with None no more."""
         self._recorder = recorder
         for layer in self._layers.values():
             layer.recorder = recorder
+
+    def kernel(self, device: torch.device, dtype: torch.dtype) -> str:
+        """Name of the kernel that attends such tensors on the mesh."""
+        (layer, *_) = self._layers.values()
+        return layer.kernel_for(device, dtype).info.name
 
     def _check(self, prefix: str, config: Any) -> None:
         order = self.settings.config.token_order
