@@ -32,6 +32,7 @@ class OmniArguments:
     device: str
     compile: bool
     tolerance: float
+    model_tolerance: float
     warmup: int
     repeat: int
     output: Path | None
@@ -71,7 +72,10 @@ def parse_omni_arguments(argv: Sequence[str] | None) -> OmniArguments:
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--compile", action="store_true", help="compile the blocks, as vllm-omni's server does")
-    parser.add_argument("--tolerance", type=float, default=2e-2, help="largest relative error against one GPU")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-2, help="largest relative error of a layer against one rank"
+    )
+    parser.add_argument("--model-tolerance", type=float, default=5e-2, help="the same of the whole model")
     parser.add_argument("--warmup", type=_positive, default=2, help="calls before the timed ones")
     parser.add_argument("--repeat", type=_positive, default=5, help="timed calls")
     parser.add_argument("--output", type=Path, help="file that JSON lines are added to")

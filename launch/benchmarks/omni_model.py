@@ -80,13 +80,19 @@ class OmniTransformer:
 def do_without_compiled_parts() -> None:
     """Stand in for what importing the transformer asks for and does not use. Call it before vllm is imported.
 
-    The CUDA platform imports vllm's compiled operators, whose callers fall back on torch where there are none; and the
-    Wan package imports its pipelines, with packages for video files.
+    Without its compiled part vllm cannot be imported for CUDA. So it is not to see the GPU, and its layers are torch's;
+    vllm-omni sees it, and its attention, norms and groups are those of CUDA. And vllm-omni's Wan package imports its
+    pipelines, with packages for video files.
     """
     compiled = "_C_stable_libtorch"
-    vllm = _folder("vllm")
-    if not any(vllm.glob(f"{compiled}*")):
-        sys.modules.setdefault(f"vllm.{compiled}", types.ModuleType(f"vllm.{compiled}"))
+    if not any(_folder("vllm").glob(f"{compiled}*")):
+        probe = "vllm.third_party.pynvml"
+        sys.modules[probe] = None  # type: ignore[assignment]
+        import vllm.platforms
+
+        assert vllm.platforms.current_platform.is_unspecified()
+        del sys.modules[probe]
+        sys.modules[f"vllm.{compiled}"] = types.ModuleType(f"vllm.{compiled}")
     name = "vllm_omni.diffusion.models.wan2_2"
     package = types.ModuleType(name)
     package.__path__ = [str(_folder("vllm_omni") / "diffusion" / "models" / "wan2_2")]
@@ -120,19 +126,18 @@ def omni_transformer(job: OmniJob) -> Iterator[OmniTransformer]:
         additional_config={"sp_sparse": dict(job.options)},
     )
     vllm_config = VllmConfig(device_config=DeviceConfig(device=job.device.type))
-    with set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config):
-        rank, world = dist.get_rank(), dist.get_world_size()
-        parallel_state.init_distributed_environment(world_size=world, rank=rank, local_rank=job.device.index or 0)
-        parallel_state.initialize_model_parallel(
-            sequence_parallel_size=job.ulysses * job.ring * job.allgather, **degrees
-        )
-        with set_current_diffusion_config(config), set_default_torch_dtype(job.dtype), torch.device(job.device):
-            model = WanTransformer3DModel(**job.shape).eval().requires_grad_(False)
-        fill(model)
-        pipeline = nn.Module()
-        pipeline.transformer = model
-        _apply_sequence_parallel_if_enabled(pipeline, config)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    parallel_state.init_distributed_environment(world_size=world, rank=rank, local_rank=job.device.index or 0)
     try:
+        with set_forward_context(vllm_config=vllm_config, omni_diffusion_config=config):
+            size = job.ulysses * job.ring * job.allgather
+            parallel_state.initialize_model_parallel(sequence_parallel_size=size, **degrees)
+            with set_current_diffusion_config(config), set_default_torch_dtype(job.dtype), torch.device(job.device):
+                model = WanTransformer3DModel(**job.shape).eval().requires_grad_(False)
+            fill(model)
+            pipeline = nn.Module()
+            pipeline.transformer = model
+            _apply_sequence_parallel_if_enabled(pipeline, config)
         yield OmniTransformer(model, config, vllm_config)
     finally:
         parallel_state.destroy_model_parallel()

@@ -13,7 +13,7 @@ from tests.ranks import run_ranks
 TINY = [
     *("--videos", "4x12x18", "3x10x10", "--layers", "2", "--heads", "4", "--head-dim", "32", "--ffn-dim", "64"),
     *("--text-tokens", "7", "--text-dim", "16", "--dtype", "float32", "--device", "cpu", "--block-size", "16x16"),
-    *("--sparsities", "0.6", "--tolerance", "1e-5", "--warmup", "1", "--repeat", "1"),
+    *("--sparsities", "0.6", "--tolerance", "1e-5", "--model-tolerance", "1e-5", "--warmup", "1", "--repeat", "1"),
 ]
 
 
@@ -30,6 +30,7 @@ def test_meshes_against_one_rank(tmp_path: Path) -> None:
     assert told == [(ulysses, tokens, *way) for ulysses in (1, 2) for way in ways for tokens in (216, 75)]
     assert all(row["masks_identical"] and row["model_error"] < 1e-5 for row in rows if "masks_identical" in row)
     assert sum("masks_identical" in row for row in rows) == 2
+    assert sum("model_error" in row for row in rows) == 4
     assert all((row["speedup"] is None) == (row["implementation"] == "vllm-omni") for row in rows)
 
 
