@@ -18,6 +18,7 @@ from sp_sparse.parallel import realign as realign_module
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
+from sp_sparse.parallel.streams import SideStream
 from sp_sparse.parallel.ulysses import head_ranges, start_gather, start_scatter
 from tests.ranks import run_ranks, world_group
 
@@ -189,7 +190,7 @@ ULYSSES = [((5, 5, 5), (2, 2, 2)), ((7, 0, 3), (3, 1, 2)), ((0, 0, 4), (1, 1, 1)
 
 
 def _check_ulysses(rank: int) -> None:
-    group = world_group()
+    group, side = world_group(), SideStream(torch.device("cpu"))
     for tokens, heads in ULYSSES:
         shards, first_head = SequenceShards(tokens), sum(heads[:rank])
         for batch in (1, 2):
@@ -197,10 +198,12 @@ def _check_ulysses(rank: int) -> None:
             held = _shard(whole, shards, rank, NAN)
             for x in (held, held.transpose(1, 2).contiguous().transpose(1, 2)):
                 (ranges,) = head_ranges(heads)
-                gathered = start_gather(x, tokens, ranges, group).finish()
-                assert torch.equal(gathered, whole[:, :, first_head : first_head + heads[rank]]), (tokens, heads, batch)
+                wanted = whole[:, :, first_head : first_head + heads[rank]]
+                gathered, other = start_gather((x, -x), tokens, ranges, group, side).finish()
+                assert torch.equal(gathered, wanted), (tokens, heads, batch)
+                assert torch.equal(other, -wanted), (tokens, heads, batch)
                 back = torch.full_like(held, NAN)
-                start_scatter(gathered, tokens, ranges, group).finish(back)
+                start_scatter(gathered, back, tokens, ranges, group, side).finish()
                 assert torch.equal(back, held), (tokens, heads, batch)
 
 
