@@ -19,7 +19,7 @@ from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.parallel.streams import SideStream
-from sp_sparse.parallel.ulysses import head_ranges, start_gather, start_scatter
+from sp_sparse.parallel.ulysses import copy_tokens, head_ranges, start_gather, start_scatter
 from tests.ranks import run_ranks, world_group
 
 NAN = float("nan")
@@ -209,6 +209,16 @@ def _check_ulysses(rank: int) -> None:
 
 def test_ulysses_puts_every_token_and_head_in_its_place() -> None:
     run_ranks(3, _check_ulysses)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.bfloat16, 6), (torch.float64, 3)])
+def test_copies_by_words_only_where_words_fit(dtype: torch.dtype, head_dim: int) -> None:
+    """Odd dimensions, and views that start or step amid a word."""
+    whole = torch.randn(2, 5, 6, head_dim + 8).to(dtype)
+    for source in (whole, whole[:, 1::2, 1:4, :head_dim], whole[..., 2 : head_dim + 2], whole.transpose(1, 2)):
+        target = torch.full(source.shape, NAN, dtype=dtype)
+        copy_tokens(target, source)
+        assert torch.equal(target, source)
 
 
 # (cut of the ranks, block): realigned over the ring after gathering; the third moves tokens past a whole neighbour.
