@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from sp_sparse import SequenceParallelMesh
+from sp_sparse.config import KV_EXCHANGES
 from sp_sparse.kernels.registry import load_kernel
 from sp_sparse.video import TOKEN_ORDERS, VideoGrid
 
@@ -85,11 +86,23 @@ class RunArguments:
 
 
 @dataclass(frozen=True)
-class AttentionArguments(RunArguments):
-    """`benchmark attention`."""
+class LayerArguments(RunArguments):
+    """What measurements of one layer take."""
 
     grids: tuple[VideoGrid, ...]
+
+
+@dataclass(frozen=True)
+class AttentionArguments(LayerArguments):
+    """`benchmark attention`."""
+
     input_sets: int
+    kv_exchanges: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TimelineArguments(LayerArguments):
+    """`benchmark timeline`."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +137,12 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     commands.add_parser("kernels", help="kernels alone on one GPU; see `benchmark.py kernels --help`")
     attention = commands.add_parser("attention", help="the attention layer on one rank and on meshes")
     _add_run_flags(attention, repeat=10, warmup=3)
-    attention.add_argument(
-        "--grids", nargs="+", type=_grid, default=(VideoGrid(21, 30, 52), VideoGrid(21, 45, 80)), help="TxHxW tokens"
-    )
+    _add_grids(attention)
+    attention.add_argument("--kv-exchanges", nargs="+", choices=KV_EXCHANGES, default=["ring"], help="on a ring")
     attention.add_argument("--input-sets", type=_positive, default=2, help="random inputs that calls rotate through")
+    timeline = commands.add_parser("timeline", help="what each GPU does during one call of the layer")
+    _add_run_flags(timeline, repeat=1, warmup=3)
+    _add_grids(timeline)
     transformer = commands.add_parser("transformer", help="a Wan transformer of A14B shape with random weights")
     _add_run_flags(transformer, repeat=5, warmup=2)
     transformer.add_argument(
@@ -148,6 +163,8 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     given["densities"] = sorted(set(given["densities"]), reverse=True)
     if given["command"] == "attention":
         return _filled(AttentionArguments, given)
+    if given["command"] == "timeline":
+        return _filled(TimelineArguments, given)
     given["videos"] = dict(given["videos"])
     return _filled(TransformerArguments, given)
 
@@ -155,6 +172,11 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
 def _filled(kind: type[T], given: dict[str, Any]) -> T:
     values = {option.name: given[option.name] for option in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _add_grids(parser: argparse.ArgumentParser) -> None:
+    default = (VideoGrid(21, 30, 52), VideoGrid(21, 45, 80))
+    parser.add_argument("--grids", nargs="+", type=_grid, default=default, help="TxHxW tokens")
 
 
 def _add_run_flags(parser: argparse.ArgumentParser, repeat: int, warmup: int) -> None:

@@ -15,6 +15,7 @@ from launch.benchmarks.arguments import (
     AttentionArguments,
     PlotArguments,
     RunArguments,
+    TimelineArguments,
     TransformerArguments,
     parse_arguments,
 )
@@ -74,6 +75,12 @@ def _measure(arguments: RunArguments, ranks: Ranks) -> int:
             from launch.benchmarks.attention import measure_attention
 
             measure_attention(session, arguments)
+        elif isinstance(arguments, TimelineArguments):
+            from launch.benchmarks.timeline import measure_timelines
+
+            if ranks.device.type != "cuda":
+                raise ValueError("a timeline is the GPUs', and none is visible here; run this on a machine with some")
+            measure_timelines(session, arguments)
         elif isinstance(arguments, TransformerArguments):
             from launch.benchmarks.transformer import measure_transformer
 
