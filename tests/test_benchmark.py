@@ -107,7 +107,7 @@ def test_attention_on_four_ranks(tmp_path: Path) -> None:
 
 def test_transformer_on_one_rank_eager_and_compiled(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    flags = [*TRANSFORMER, "--densities", "1.0", "0.3", "--compile", "--compile-backend", "eager"]
+    flags = [*TRANSFORMER, "--densities", "1.0", "0.3", "--modes", "eager", "compiled", "--compile-backend", "eager"]
     assert main([*flags, "--output", str(output)]) == 0
     rows = _read(output)
     once = [
@@ -284,6 +284,43 @@ def _result(density: float, ring: int, **changed: Any) -> dict[str, Any]:
 
 def _timeline_rows() -> list[list[object]]:
     return [list(vars(work).values()) for rank in (0, 1) for work in read_trace(_trace(), rank)]
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [_result(0.3, 1, implementation="layer", ms_median=12.0)]
+    rows += [_result(0.3, 2, implementation="layer", ms_median=8.0, kv_exchange=e) for e in ("ring", "all_gather")]
+    rows += [_result(0.5, 2, implementation="layer"), _result(1.0, 1, implementation="dense", ms_median=40.0)]
+    hybrid = {"implementation": "layer", "ms_median": 4.0, "ulysses": 2, "speedup": None}
+    rows += [{**_result(0.3, 2, **hybrid), "gpus": 4}]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["scaling", str(results), "--output-dir", str(tmp_path / "plots")]) == 0
+    names = ["scaling.md", "scaling_attention_32760.png"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "plots" / name) for name in names]
+    table = (tmp_path / "plots" / "scaling.md").read_text().splitlines()
+    assert table[2:] == [
+        "| attention | 32760 | triton | 0.30 | 2 | U1×R2 | 8.00 | 1.50 | 0.75 | 3.00 |",
+        "| attention | 32760 | triton | 0.30 | 4 | U2×R2 | 4.00 | 3.00 | 0.75 | – |",
+    ]
+    results.write_text(json.dumps(rows[0]) + "\n")
+    assert "measured both on one GPU and on several" in _error(capsys, "scaling", str(results), "--output-dir", ".")
+
+
+def test_scaling_script(tmp_path: Path) -> None:
+    """The commands of `launch/scaling.sh` on two gloo ranks."""
+    pytest.importorskip("matplotlib")
+    environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path), "REPEAT": "1", "DENSITIES": "0.3"}
+    job = subprocess.run(
+        ["bash", str(ROOT / "launch" / "scaling.sh"), "2"],
+        env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout + job.stderr
+    (invariant,) = tmp_path.glob("*_x2_invariant.jsonl")
+    rows = [json.loads(line) for line in invariant.read_text().splitlines()]
+    assert [(row["ulysses"], row["ring"], row["masks_identical"]) for row in rows] == [(1, 2, True), (2, 1, True)]
+    table = (tmp_path / "plots" / "scaling.md").read_text()
+    assert [line.split(" | ")[5] for line in table.splitlines()[2:]] == ["U2×R1", "U1×R2"] * 3
 
 
 def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

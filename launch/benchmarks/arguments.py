@@ -20,6 +20,11 @@ T = TypeVar("T")
 VIDEOS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 
 
+def every_mesh(world: int) -> tuple[tuple[int, int], ...]:
+    """The (Ulysses degree, ring degree) pairs of so many ranks, most Ulysses first."""
+    return tuple((u, world // u) for u in range(world, 0, -1) if world % u == 0)
+
+
 @dataclass(frozen=True)
 class RunArguments:
     """What every measurement on ranks takes; each field is a flag.
@@ -74,7 +79,7 @@ class RunArguments:
         Raises:
             ValueError: a mesh that is neither of one rank nor of all of them.
         """
-        every = tuple((u, world // u) for u in range(world, 0, -1) if world % u == 0)
+        every = every_mesh(world)
         wrong = [mesh for mesh in self.meshes if mesh[0] * mesh[1] not in (1, world)]
         if wrong:
             u, r = wrong[0]
@@ -114,16 +119,17 @@ class TransformerArguments(RunArguments):
     ffn_dim: int
     text_tokens: int
     text_dim: int
-    compile: bool
+    modes: tuple[str, ...]
     compile_backend: str
 
 
 @dataclass(frozen=True)
 class PlotArguments:
-    """`benchmark plot`."""
+    """`benchmark plot` and, with `scaling`, `benchmark scaling`."""
 
     results: tuple[Path, ...]
     output_dir: Path
+    scaling: bool
 
 
 def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
@@ -152,13 +158,17 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     transformer.add_argument("--ffn-dim", type=_positive, default=13824)
     transformer.add_argument("--text-tokens", type=_positive, default=512)
     transformer.add_argument("--text-dim", type=_positive, default=4096)
-    transformer.add_argument("--compile", action="store_true", help="measure with compile_repeated_blocks too")
+    transformer.add_argument(
+        "--modes", nargs="+", choices=("eager", "compiled"), default=["eager"], help="compiled: compile_repeated_blocks"
+    )
     transformer.add_argument("--compile-backend", default="inductor", help="of torch.compile")
-    plot = commands.add_parser("plot", help="pictures of results")
-    plot.add_argument("results", nargs="+", type=Path, help="JSON lines of `attention` and `transformer`")
-    plot.add_argument("--output-dir", type=Path, required=True)
+    for name, what in (("plot", "pictures of results"), ("scaling", "tables and pictures over the number of GPUs")):
+        plot = commands.add_parser(name, help=what)
+        plot.add_argument("results", nargs="+", type=Path, help="JSON lines of `attention` and `transformer`")
+        plot.add_argument("--output-dir", type=Path, required=True)
+        plot.set_defaults(scaling=name == "scaling")
     given = vars(parser.parse_args(argv))
-    if given["command"] == "plot":
+    if "scaling" in given:
         return _filled(PlotArguments, given)
     given["densities"] = sorted(set(given["densities"]), reverse=True)
     if given["command"] == "attention":

@@ -103,8 +103,10 @@ def _kernels(flags: list[str]) -> int:
 
 def _plot(arguments: PlotArguments) -> int:
     from launch.benchmarks.plot import draw
+    from launch.benchmarks.scaling import report_scaling
 
-    for path in draw(arguments.results, arguments.output_dir):
+    action = report_scaling if arguments.scaling else draw
+    for path in action(arguments.results, arguments.output_dir):
         print(path)
     return 0
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.benchmarks.pictures import COLOURS, mesh_name, save, title
+from launch.benchmarks.pictures import COLOURS, mesh_name, mode_name, prepare, save, title
 from launch.benchmarks.plot_timeline import draw_timeline
+from launch.benchmarks.results_file import Row, read_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
-
-_NEEDED = ("what", "gpus", "ulysses", "ring", "sequence", "density", "kernel", "ms_median", "speedup")
 _PARTS = (
     ("ms_kernel", "sparse kernel"),
     ("ms_means", "block means"),
@@ -33,15 +30,8 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         ValueError: a file that holds no results, results without anything to draw, or no matplotlib.
     """
-    rows = [row for path in results for row in _read(path)]
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(
-            "matplotlib is not installed, and pictures need it; pip install 'sp-sparse[benchmark]'"
-        ) from error
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_results(results)
+    prepare(folder)
     drawn = []
     for what in _TITLES:
         for sequence in sorted({row["sequence"] for row in rows if row["what"] == what}):
@@ -62,37 +52,6 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
             "with `benchmark.py attention --output FILE`"
         )
     return drawn
-
-
-def _read(path: Path) -> list[Row]:
-    latest: dict[tuple[Any, ...], Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}); give a file that --output wrote") from error
-        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
-        if missing:
-            raise ValueError(
-                f"{path} line {number} has no {', '.join(missing)}; give a file that `benchmark.py attention` or "
-                "`benchmark.py transformer` wrote"
-            )
-        latest[_identity(row)] = row
-    return list(latest.values())
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    optional = (
-        "density_asked",
-        "block_size",
-        "backend",
-        "implementation",
-        "compiled",
-        "layers",
-        "hardware",
-        "kv_exchange",
-    )
-    return tuple(row[key] for key in _NEEDED[:7]) + tuple(row.get(key) for key in optional)
 
 
 def _draw_speedup(rows: list[Row], what: str, path: Path) -> Path:
@@ -153,5 +112,5 @@ def _series(row: Row, rows: list[Row]) -> str:
     if len({other["kernel"] for other in rows}) > 1:
         name += f", {row['kernel']}"
     if len({other.get("compiled") for other in rows}) > 1:
-        name += ", compiled" if row["compiled"] else ", eager"
+        name += mode_name(row)
     return name
