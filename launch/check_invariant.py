@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -26,6 +25,8 @@ from torch import Tensor
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
 from launch.benchmarks.environment import environment  # noqa: E402
+from launch.benchmarks.timing import Timer  # noqa: E402
+from launch.ranks import Ranks  # noqa: E402
 from sp_sparse import (  # noqa: E402
     AttentionRecorder,
     SequenceParallelMesh,
@@ -154,13 +155,18 @@ def _check(
     del expected, mask, kept["one"].masks[:]
     one = layer(SequenceParallelMesh(), None)
     unrecorded = layer(mesh, None)
+    kernel = next(iter(kept["mesh"].summary(mesh)["calls"]))
+    if device.type == "cuda" and kernel != "flashinfer":  # which plans each mask on the host
+        unrecorded(*local, grid=grid)  # compiles, and plans the shape
+        torch.cuda.set_sync_debug_mode("error")
+        unrecorded(*local, grid=grid)
+        torch.cuda.set_sync_debug_mode("default")
     numbers.append(_milliseconds(lambda: one(q, k, v, grid=grid), arguments.repeat, device))
     numbers.append(_milliseconds(lambda: unrecorded(*local, grid=grid), arguments.repeat, device))
     worst = torch.tensor(numbers, dtype=torch.float64, device=device)
     if dist.is_initialized():
         dist.all_reduce(worst, dist.ReduceOp.MAX)
     different, *errors = worst.tolist()
-    kernel = next(iter(kept["mesh"].summary(mesh)["calls"]))
     return Result(
         "invariant", mesh.sequence_degree, mesh.ulysses_degree, mesh.ring_degree, grid.num_tokens, arguments.heads,
         arguments.head_dim, topk, kernel, different == 0.0, *errors,
@@ -193,20 +199,11 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 
 def _milliseconds(call: Callable[[], Any], repeat: int, device: torch.device) -> float:
-    """Median time of a call by device events; 0 where nothing is timed."""
-    if device.type != "cuda" or repeat == 0:
+    """Median time of a call on the slowest rank; 0 where nothing is timed."""
+    if repeat == 0:
         return 0.0
-    times = []
-    for _ in range(repeat + 2):
-        if dist.is_initialized():
-            dist.barrier()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times[2:])
+    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    return Timer(Ranks(rank, world, device), warmup=2, repeat=repeat)(lambda _: call()).median
 
 
 def _passes(result: Result) -> bool:

@@ -58,10 +58,14 @@ MUTATIONS = (
         "mesh_invariant",
     ),
     Mutation(
-        "shards sent the other way round", "parallel/ring.py", "for step in (1, -1)", "for step in (-1, 1)", "ring"
+        "shards sent the other way round",
+        "parallel/ring.py",
+        "sent[(rank + 1) % ranks]",
+        "sent[(rank - 1) % ranks]",
+        "ring",
     ),
-    Mutation("ring: missing wait", "parallel/ring.py", "            work.wait()", "            pass", "ring"),
-    Mutation("ring: one receive buffer", "parallel/ring.py", "buffer = spare[hop % 2]", "buffer = spare[0]", "ring"),
+    Mutation("ring: missing wait", "parallel/ring.py", "        pending.join()", "        pass", "ring"),
+    Mutation("ring: one receive buffer", "parallel/ring.py", "spare[hop % 2]", "spare[0]", "ring"),
     Mutation(
         "ring: merges in bf16", "parallel/ring.py", "dtype=None if remaining else key.dtype", "dtype=key.dtype", "ring"
     ),
@@ -212,15 +216,15 @@ MUTATIONS = (
     Mutation(
         "Ulysses mixes batch and tokens",
         "parallel/ulysses.py",
-        "self.arriving.transpose(0, 1).contiguous()",
-        "self.arriving.view(self.arriving.shape[1], -1, *self.arriving.shape[2:])",
+        "self.arriving[:, :, i].transpose(0, 1) for",
+        "self.arriving[:, :, i].reshape(self.arriving.shape[1], -1, *self.arriving.shape[3:]) for",
         "shards",
     ),
     Mutation(
         "the next chunk's heads are those of this one",
         "parallel/strategy.py",
-        "self._start_gather(x, metadata, ranges[chunk + 1], group)",
-        "self._start_gather(x, metadata, ranges[chunk], group)",
+        "self._start_gather(tensors, metadata, ranges[chunk + 1], group)",
+        "self._start_gather(tensors, metadata, ranges[chunk], group)",
         "mesh_invariant",
     ),
     Mutation(

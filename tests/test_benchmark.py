@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from launch.benchmarks.arguments import TransformerArguments, parse_arguments
 from launch.benchmarks.command import main
+from launch.benchmarks.gpu_trace import digest, read_trace
 from launch.benchmarks.results import Measurement
 from launch.benchmarks.session import Session
 from launch.benchmarks.timing import Times
@@ -48,8 +50,8 @@ def _modes(rows: list[dict[str, Any]]) -> list[tuple[int, int, str, float, str |
     return [(r["ulysses"], r["ring"], r["kernel"], round(r["density"], 1), r["baseline"]) for r in rows]
 
 
-def _error(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
-    assert main(flags) == 2
+def _error(capsys: pytest.CaptureFixture[str], *flags: str, what: str | None = None) -> str:
+    assert main((what, *flags[1:]) if what else flags) == 2
     error = capsys.readouterr().err.strip()
     assert error.startswith("error: ")
     assert "\n" not in error
@@ -85,8 +87,11 @@ def test_attention_on_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 def test_attention_on_four_ranks(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    run_ranks(4, _rank_measures, [*ATTENTION, "--densities", "0.3", "--output", str(output)])
+    flags = [*ATTENTION, "--densities", "0.3", "--kv-exchanges", "ring", "all_gather"]
+    run_ranks(4, _rank_measures, [*flags, "--output", str(output)])
     rows = _read(output)
+    assert [r["ring"] for r in rows if r.get("kv_exchange") == "all_gather"] == [2, 4]
+    rows = [r for r in rows if r.get("kv_exchange") != "all_gather"]
     assert [(r["ulysses"], r["ring"], r["baseline"]) for r in rows if r["kernel"] == "reference"] == [
         (1, 1, "sdpa_dense"),
         (4, 1, "dense 4x1"),
@@ -102,7 +107,7 @@ def test_attention_on_four_ranks(tmp_path: Path) -> None:
 
 def test_transformer_on_one_rank_eager_and_compiled(tmp_path: Path) -> None:
     output = tmp_path / "results.jsonl"
-    flags = [*TRANSFORMER, "--densities", "1.0", "0.3", "--compile", "--compile-backend", "eager"]
+    flags = [*TRANSFORMER, "--densities", "1.0", "0.3", "--modes", "eager", "compiled", "--compile-backend", "eager"]
     assert main([*flags, "--output", str(output)]) == 0
     rows = _read(output)
     once = [
@@ -216,6 +221,49 @@ def test_refusals(capsys: pytest.CaptureFixture[str], flags: list[str], text: st
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_timeline_needs_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "run this on a machine with some" in _error(capsys, *ATTENTION, what="timeline")
+
+
+# A ring hop of 4 ms beside 5 ms of attention, 1 of it exposed; stream 7 then merges after a pause of 1.
+_TRACE = [
+    ("kernel", 0, 1, 7, "nccl of the call before"),
+    ("kernel", 5, 1, 7, "spin_kernel(long)"),
+    ("kernel", 7, 1, 7, "mean_blocks"),
+    ("kernel", 7, 4, 21, "ncclDevKernel_SendRecv(x)"),
+    ("kernel", 9, 5, 7, "kernel_cutlass_flash_fwd"),
+    ("gpu_memcpy", 14, 1, 7, "Memcpy DtoD"),
+    ("cpu_op", 14, 9, 0, "aten::empty"),
+    ("kernel", 16, 1, 7, "merge_rows"),
+]
+
+
+def _trace() -> list[dict[str, Any]]:
+    return [
+        {"cat": cat, "ts": 1e3 * ts, "dur": 1e3 * dur, "name": name, "args": {"stream": stream}}
+        for cat, ts, dur, stream, name in _TRACE
+    ]
+
+
+def test_a_timeline_is_read_from_a_trace() -> None:
+    works = read_trace(reversed(_trace()), 1)
+    assert [(w.rank, w.stream, w.part, w.start, w.end) for w in works] == [
+        (1, 7, "selection", 1.0, 2.0),
+        (1, 21, "exchange", 1.0, 5.0),
+        (1, 7, "attention", 3.0, 8.0),
+        (1, 7, "copies", 8.0, 9.0),
+        (1, 7, "merge", 10.0, 11.0),
+    ]
+    parts = {"exchange": 4.0, "merge": 1.0, "selection": 1.0, "attention": 5.0, "copies": 1.0}
+    expected = {**{f"ms_{part}": ms for part, ms in parts.items()}, "ms_exposed": 2.0, "ms_idle": 2.0}
+    assert digest(works) == expected
+    longer = [replace(work, rank=0, end=work.end + 0.5) for work in works]
+    assert digest([*works, *longer])["ms_merge"] == 1.5
+    with pytest.raises(ValueError, match="saw no GPU work"):
+        read_trace([], 0)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_kernels_need_a_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run this on a machine with one" in _error(capsys, "kernels", "--densities", "0.3")
     with pytest.raises(SystemExit, match="0"):
@@ -234,6 +282,47 @@ def _result(density: float, ring: int, **changed: Any) -> dict[str, Any]:
     return {**row, **{f"ms_{name}": share * 40 * density for name, share in parts.items()}, **changed}
 
 
+def _timeline_rows() -> list[list[object]]:
+    return [list(vars(work).values()) for rank in (0, 1) for work in read_trace(_trace(), rank)]
+
+
+def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    rows = [_result(0.3, 1, implementation="layer", ms_median=12.0)]
+    rows += [_result(0.3, 2, implementation="layer", ms_median=8.0, kv_exchange=e) for e in ("ring", "all_gather")]
+    rows += [_result(0.5, 2, implementation="layer"), _result(1.0, 1, implementation="dense", ms_median=40.0)]
+    hybrid = {"implementation": "layer", "ms_median": 4.0, "ulysses": 2, "speedup": None}
+    rows += [{**_result(0.3, 2, **hybrid), "gpus": 4}]
+    results = tmp_path / "results.jsonl"
+    results.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["scaling", str(results), "--output-dir", str(tmp_path / "plots")]) == 0
+    names = ["scaling.md", "scaling_attention_32760.png"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "plots" / name) for name in names]
+    table = (tmp_path / "plots" / "scaling.md").read_text().splitlines()
+    assert table[2:] == [
+        "| attention | 32760 | triton | 0.30 | 2 | U1×R2 | 8.00 | 1.50 | 0.75 | 3.00 |",
+        "| attention | 32760 | triton | 0.30 | 4 | U2×R2 | 4.00 | 3.00 | 0.75 | – |",
+    ]
+    results.write_text(json.dumps(rows[0]) + "\n")
+    assert "measured both on one GPU and on several" in _error(capsys, "scaling", str(results), "--output-dir", ".")
+
+
+def test_scaling_script(tmp_path: Path) -> None:
+    """The commands of `launch/scaling.sh` on two gloo ranks."""
+    pytest.importorskip("matplotlib")
+    environment = {"PYTHON": sys.executable, "OUTPUT": str(tmp_path), "REPEAT": "1", "DENSITIES": "0.3"}
+    job = subprocess.run(
+        ["bash", str(ROOT / "launch" / "scaling.sh"), "2"],
+        env={**os.environ, **environment, "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert job.returncode == 0, job.stdout + job.stderr
+    (invariant,) = tmp_path.glob("*_x2_invariant.jsonl")
+    rows = [json.loads(line) for line in invariant.read_text().splitlines()]
+    assert [(row["ulysses"], row["ring"], row["masks_identical"]) for row in rows] == [(1, 2, True), (2, 1, True)]
+    table = (tmp_path / "plots" / "scaling.md").read_text()
+    assert [line.split(" | ")[5] for line in table.splitlines()[2:]] == ["U2×R1", "U1×R2"] * 3
+
+
 def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("matplotlib")
     rows = [_result(density, ring) for ring in (1, 2) for density in (0.7, 0.3, 0.1)]
@@ -245,11 +334,13 @@ def test_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             if key not in ("ms_kernel", "overhead_percent")
         },
         _result(1.0, 1, speedup=None, baseline=None),
+        _result(0.3, 2, speedup=None, baseline=None, what="timeline", timeline=_timeline_rows()),
     ]
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert main(["plot", str(results), "--output-dir", str(tmp_path / "plots")]) == 0
     names = ["speedup_attention_32760.png", "parts_attention_32760.png", "speedup_transformer_32760.png"]
+    names.append("timeline_32760_1x2_triton_0.30.png")
     assert capsys.readouterr().out.split() == [str(tmp_path / "plots" / name) for name in names]
     for name in names:
         assert (tmp_path / "plots" / name).read_bytes().startswith(b"\x89PNG")

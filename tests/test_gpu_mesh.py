@@ -10,27 +10,40 @@ import pytest
 import torch
 
 from sp_sparse import SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
+from sp_sparse.config import KV_EXCHANGES
+from sp_sparse.kernels.registry import load_kernel
 
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.multigpu
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["--grids", "21x30x52", "5x17x31", "--topk", "0.3", "0.1"],
-        ["--grids", "21x45x80", "--topk", "0.3"],
-        ["--grids", "21x30x52", "5x17x31", "--kv-exchange", "all_gather"],
-        ["--grids", "21x30x52", "7x19x23", "--heads", "7", "--head-dim", "64", "--block-size", "64"],
-    ],
-    ids=["480p", "720p", "all-gather", "odd"],
-)
-def test_two_gpus_equal_one(arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "launch/check_invariant.py"]
+def _check(*arguments: str) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*command, "--repeat", "0", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=280
-    )
+        [*command, "launch/check_invariant.py", "--repeat", "0", *arguments],
+        cwd=ROOT, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("exchange", KV_EXCHANGES)
+@pytest.mark.parametrize("backend", ["fa4", "triton", "flashinfer"])
+def test_two_gpus_equal_one(backend: str, exchange: str) -> None:
+    """Ulysses and ring, at full width and at a size whose shards are ragged."""
+    reason = load_kernel(backend).missing()
+    if reason is not None:
+        pytest.skip(reason)
+    _check("--backend", backend, "--kv-exchange", exchange, "--grids", "21x30x52", "5x17x31", "--topk", "0.3", "0.1")
+
+
+@pytest.mark.multigpu
+def test_two_gpus_equal_one_at_720p() -> None:
+    _check("--grids", "21x45x80", "--topk", "0.3")
+
+
+@pytest.mark.multigpu
+def test_two_gpus_equal_one_with_odd_sizes() -> None:
+    _check("--grids", "21x30x52", "7x19x23", "--heads", "7", "--head-dim", "64", "--block-size", "64")
 
 
 @pytest.mark.gpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
@@ -103,7 +104,7 @@ def test_what_no_installation_changes_is_told_first(name: str) -> None:
         (KernelRequest(torch.device("cpu"), torch.bfloat16, 128, (128, 128), True), "device cpu is not among cuda"),
         (KernelRequest(cuda, torch.float32, 128, (128, 128), True), "dtype torch.float32 is not among torch.float16"),
         (KernelRequest(cuda, torch.bfloat16, 80, (128, 128), True), "head dimension 80 is not among 64"),
-        (KernelRequest(cuda, torch.bfloat16, 128, (256, 128), True), r"block size (256, 128) is not among (128, 128)"),
+        (KernelRequest(cuda, torch.bfloat16, 128, (256, 64), True), "block size (256, 64) is not among (128, 128)"),
     ):
         assert expected in (why_not(kernel, request) or "")
 
@@ -111,9 +112,8 @@ def test_what_no_installation_changes_is_told_first(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "capability", "limits"),
     [
-        ("fa4", (8, 9), "9.0 to 9.0"),
-        ("fa4", (10, 0), "9.0 to 9.0"),
-        ("fa4", (12, 0), "9.0 to 9.0"),
+        ("fa4", (8, 9), "9.0 to 10.3"),
+        ("fa4", (12, 0), "9.0 to 10.3"),
         ("flashinfer", (7, 5), "8.0 to 9.0"),
         ("flashinfer", (10, 0), "8.0 to 9.0"),
     ],
@@ -125,6 +125,21 @@ def test_compute_capability(
     monkeypatch.setattr(kernel, "missing", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     assert why_not(kernel, HOPPER) == "compute capability {}.{} is outside {}".format(*capability, limits)
+
+
+@pytest.mark.parametrize(
+    ("capability", "block_size", "taken"),
+    [((9, 0), (128, 128), True), ((9, 0), (256, 128), True), ((10, 0), (256, 128), True), ((10, 3), (128, 128), False)],
+)
+def test_blackwell_takes_one_block_size(
+    capability: tuple[int, int], block_size: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel = load_kernel("fa4")
+    monkeypatch.setattr(kernel, "missing", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    reason = why_not(kernel, replace(HOPPER, block_size=block_size))
+    refused = "block size {} is not among (256, 128) on compute capability {}.{}".format(block_size, *capability)
+    assert reason == (None if taken else refused)
 
 
 def test_all_built_in_kernels_serve_a_ring() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from sp_sparse.parallel import ring as ring_module
 from sp_sparse.parallel.ring import ring_attention
+from sp_sparse.parallel.streams import SideStream
 from tests.cases import random_tensors
 from tests.oracle import assert_close, masked_attention, relative_error
 from tests.ranks import run_ranks, world_group
 
 NAN = float("nan")
+SIDE = SideStream(torch.device("cpu"))
 LENGTHS: dict[int, list[tuple[int, ...]]] = {
     3: [(4, 4, 4), (5, 0, 2), (0, 0, 3)],
     4: [(1, 2, 3, 4), (0, 6, 0, 1)],
@@ -39,7 +42,7 @@ def _check_ring(rank: int, ring: int) -> None:
             return masked_attention(query, k, v, mask, 0.3)  # noqa: B023
 
         mine = slice(edges[rank], edges[rank + 1])
-        out, lse = ring_attention(attend, key[:, mine], value[:, mine], held, world_group())
+        out, lse = ring_attention(attend, key[:, mine], value[:, mine], held, world_group(), SIDE)
         assert owners == [(rank - hop) % ring for hop in range(ring) if held[(rank - hop) % ring]]
         everything = torch.ones(2, 3, 6, sum(held), dtype=torch.bool)
         expected, expected_lse = masked_attention(query, key, value, everything, 0.3)
@@ -47,7 +50,7 @@ def _check_ring(rank: int, ring: int) -> None:
         assert relative_error(lse, expected_lse) < 1e-14
     empty = torch.zeros(2, 0, 3, 8)
     with pytest.raises(ValueError, match="every shard of the ring is empty"):
-        ring_attention(attend, empty, empty, (0,) * ring, world_group())
+        ring_attention(attend, empty, empty, (0,) * ring, world_group(), SIDE)
 
 
 @pytest.mark.parametrize("ring", LENGTHS)
@@ -64,7 +67,7 @@ def _check_half_precision(rank: int, ring: int) -> None:
         out, lse = masked_attention(query, k, v, torch.ones(1, 3, 40, 40, dtype=torch.bool), 0.1, torch.float32)
         return out.bfloat16(), lse
 
-    out, lse = ring_attention(attend, key[:, mine], value[:, mine], (40,) * ring, world_group())
+    out, lse = ring_attention(attend, key[:, mine], value[:, mine], (40,) * ring, world_group(), SIDE)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     everything = torch.ones(1, 3, 40, 40 * ring, dtype=torch.bool)
     expected, expected_lse = masked_attention(query, key, value, everything, 0.1)
@@ -77,46 +80,40 @@ def test_partial_results_add_up_in_fp32() -> None:
 
 
 class _FakeNetwork:
-    """Stands for `torch.distributed` as rank `rank` of a ring sees it; a message lives until its `wait`."""
-
-    isend, irecv = "isend", "irecv"
+    """Stands for `torch.distributed` and the side stream as rank `rank` of a ring sees them; messages live until `join`."""
 
     def __init__(self, rank: int, shards: list[tuple[Tensor, Tensor]]) -> None:
-        self.rank, self.shards, self.hop, self.unwaited = rank, shards, 0, 0
+        self.rank, self.shards, self.hop = rank, shards, 0
+        self.flying: list[tuple[Tensor, Tensor]] = []  # (leaving, arriving)
 
     def get_rank(self, group: object) -> int:
         return self.rank
 
-    def get_global_rank(self, group: object, rank: int) -> int:
-        return rank + 100
+    def get_world_size(self, group: object) -> int:
+        return len(self.shards)
 
-    def P2POp(self, op: str, tensor: Tensor, peer: int, group: object) -> tuple[str, Tensor, int]:
-        return op, tensor, peer
+    @contextmanager
+    def run(self) -> Iterator[_FakeNetwork]:
+        yield self
 
-    def batch_isend_irecv(self, operations: list[tuple[str, Tensor, int]]) -> list[Any]:
+    def all_to_all_single(
+        self, arriving: Tensor, leaving: Tensor, received: list[int], sent: list[int], group: object
+    ) -> None:
         ranks = len(self.shards)
-        sent = [x for op, x, peer in operations if op == self.isend and peer == 100 + (self.rank + 1) % ranks]
-        arriving = [x for op, x, peer in operations if op == self.irecv and peer == 100 + (self.rank - 1) % ranks]
-        assert len(sent) + len(arriving) == len(operations) == 4, "sends to r + 1 and receives from r - 1"
+        assert [i for i, n in enumerate(sent) if n] == [(self.rank + 1) % ranks]
+        assert [i for i, n in enumerate(received) if n] == [(self.rank - 1) % ranks]
+        assert (sum(sent), sum(received)) == (leaving.numel(), arriving.numel())
+        arriving.fill_(NAN)
+        self.flying.append((leaving, arriving))
+
+    def join(self) -> None:
+        ranks = len(self.shards)
         going, coming = self.shards[(self.rank - self.hop) % ranks], self.shards[(self.rank - self.hop - 1) % ranks]
         self.hop += 1
-        for x in arriving:
-            x.fill_(NAN)
-        works = [_Message(self, x, y, False) for x, y in zip(sent, going, strict=True)]
-        return works + [_Message(self, x, y, True) for x, y in zip(arriving, coming, strict=True)]
-
-
-class _Message:
-    def __init__(self, network: _FakeNetwork, tensor: Tensor, content: Tensor, arrives: bool) -> None:
-        self.network, self.tensor, self.content, self.arrives = network, tensor, content, arrives
-        network.unwaited += 1
-
-    def wait(self) -> None:
-        self.network.unwaited -= 1
-        if self.arrives:
-            self.tensor.copy_(self.content)
-        else:
-            assert torch.equal(self.tensor, self.content), "a shard was overwritten while it was being sent"
+        for (leaving, arriving), sent, received in zip(self.flying, going, coming, strict=True):
+            assert torch.equal(leaving, sent.flatten()), "a shard was overwritten while it was being sent"
+            arriving.copy_(received.flatten())
+        self.flying = []
 
 
 @pytest.mark.parametrize("ring", [2, 3, 4, 8])
@@ -130,11 +127,11 @@ def test_every_message_is_waited_for_before_its_memory_is_used(ring: int, monkey
 
         def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
             seen.append((k[0, 0, 0, 0].item(), v[0, 0, 0, 0].item(), owner))  # noqa: B023
-            in_flight.append(network.unwaited)  # noqa: B023
+            in_flight.append(len(network.flying))  # noqa: B023
             return torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 3)
 
-        ring_attention(attend, *shards[rank], (2,) * ring, object())  # type: ignore[arg-type]
+        ring_attention(attend, *shards[rank], (2,) * ring, object(), network)  # type: ignore[arg-type]
         owners = [(rank - hop) % ring for hop in range(ring)]
         assert seen == [(owner + 0.25, owner + 0.5, owner) for owner in owners]
-        assert in_flight == [4] * (ring - 1) + [0], "the next shard travels while this one is attended"
-        assert network.unwaited == 0
+        assert in_flight == [2] * (ring - 1) + [0], "the next shard travels while this one is attended"
+        assert not network.flying

@@ -18,7 +18,8 @@ from sp_sparse.parallel import realign as realign_module
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
-from sp_sparse.parallel.ulysses import head_ranges, start_gather, start_scatter
+from sp_sparse.parallel.streams import SideStream
+from sp_sparse.parallel.ulysses import copy_tokens, head_ranges, start_gather, start_scatter
 from tests.ranks import run_ranks, world_group
 
 NAN = float("nan")
@@ -189,7 +190,7 @@ ULYSSES = [((5, 5, 5), (2, 2, 2)), ((7, 0, 3), (3, 1, 2)), ((0, 0, 4), (1, 1, 1)
 
 
 def _check_ulysses(rank: int) -> None:
-    group = world_group()
+    group, side = world_group(), SideStream(torch.device("cpu"))
     for tokens, heads in ULYSSES:
         shards, first_head = SequenceShards(tokens), sum(heads[:rank])
         for batch in (1, 2):
@@ -197,15 +198,37 @@ def _check_ulysses(rank: int) -> None:
             held = _shard(whole, shards, rank, NAN)
             for x in (held, held.transpose(1, 2).contiguous().transpose(1, 2)):
                 (ranges,) = head_ranges(heads)
-                gathered = start_gather(x, tokens, ranges, group).finish()
-                assert torch.equal(gathered, whole[:, :, first_head : first_head + heads[rank]]), (tokens, heads, batch)
+                wanted = whole[:, :, first_head : first_head + heads[rank]]
+                gathered, other = start_gather((x, -x), tokens, ranges, group, side).finish()
+                assert torch.equal(gathered, wanted), (tokens, heads, batch)
+                assert torch.equal(other, -wanted), (tokens, heads, batch)
                 back = torch.full_like(held, NAN)
-                start_scatter(gathered, tokens, ranges, group).finish(back)
+                start_scatter(gathered, back, tokens, ranges, group, side).finish()
                 assert torch.equal(back, held), (tokens, heads, batch)
+
+
+@given(st.lists(st.integers(3, 60), min_size=1, max_size=5), st.integers(1, 3))
+def test_chunks_hold_every_head_once_and_the_first_is_the_smallest(heads: list[int], chunks: int) -> None:
+    runs = list(zip(*head_ranges(heads, chunks), strict=True))  # of each rank
+    assert [place for run in runs for first, end in run for place in range(first, end)] == list(range(sum(heads)))
+    for run, count in zip(runs, heads, strict=True):
+        sizes = [end - first for first, end in run]
+        assert (len(sizes), sum(sizes)) == (chunks, count)
+        assert 1 <= sizes[0] == min(sizes)
 
 
 def test_ulysses_puts_every_token_and_head_in_its_place() -> None:
     run_ranks(3, _check_ulysses)
+
+
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.bfloat16, 6), (torch.float64, 3)])
+def test_copies_by_words_only_where_words_fit(dtype: torch.dtype, head_dim: int) -> None:
+    """Odd dimensions, and views that start or step amid a word."""
+    whole = torch.randn(2, 5, 6, head_dim + 8).to(dtype)
+    for source in (whole, whole[:, 1::2, 1:4, :head_dim], whole[..., 2 : head_dim + 2], whole.transpose(1, 2)):
+        target = torch.full(source.shape, NAN, dtype=dtype)
+        copy_tokens(target, source)
+        assert torch.equal(target, source)
 
 
 # (cut of the ranks, block): realigned over the ring after gathering; the third moves tokens past a whole neighbour.

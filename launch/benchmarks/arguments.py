@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from sp_sparse import SequenceParallelMesh
+from sp_sparse.config import KV_EXCHANGES
 from sp_sparse.kernels.registry import load_kernel
 from sp_sparse.video import TOKEN_ORDERS, VideoGrid
 
@@ -17,6 +18,11 @@ T = TypeVar("T")
 
 # Latent frames, rows and columns of 81 frames; the transformer halves rows and columns.
 VIDEOS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
+
+
+def every_mesh(world: int) -> tuple[tuple[int, int], ...]:
+    """The (Ulysses degree, ring degree) pairs of so many ranks, most Ulysses first."""
+    return tuple((u, world // u) for u in range(world, 0, -1) if world % u == 0)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ class RunArguments:
         Raises:
             ValueError: a mesh that is neither of one rank nor of all of them.
         """
-        every = tuple((u, world // u) for u in range(world, 0, -1) if world % u == 0)
+        every = every_mesh(world)
         wrong = [mesh for mesh in self.meshes if mesh[0] * mesh[1] not in (1, world)]
         if wrong:
             u, r = wrong[0]
@@ -85,11 +91,23 @@ class RunArguments:
 
 
 @dataclass(frozen=True)
-class AttentionArguments(RunArguments):
-    """`benchmark attention`."""
+class LayerArguments(RunArguments):
+    """What measurements of one layer take."""
 
     grids: tuple[VideoGrid, ...]
+
+
+@dataclass(frozen=True)
+class AttentionArguments(LayerArguments):
+    """`benchmark attention`."""
+
     input_sets: int
+    kv_exchanges: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TimelineArguments(LayerArguments):
+    """`benchmark timeline`."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +119,17 @@ class TransformerArguments(RunArguments):
     ffn_dim: int
     text_tokens: int
     text_dim: int
-    compile: bool
+    modes: tuple[str, ...]
     compile_backend: str
 
 
 @dataclass(frozen=True)
 class PlotArguments:
-    """`benchmark plot`."""
+    """`benchmark plot` and, with `scaling`, `benchmark scaling`."""
 
     results: tuple[Path, ...]
     output_dir: Path
+    scaling: bool
 
 
 def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
@@ -124,10 +143,12 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     commands.add_parser("kernels", help="kernels alone on one GPU; see `benchmark.py kernels --help`")
     attention = commands.add_parser("attention", help="the attention layer on one rank and on meshes")
     _add_run_flags(attention, repeat=10, warmup=3)
-    attention.add_argument(
-        "--grids", nargs="+", type=_grid, default=(VideoGrid(21, 30, 52), VideoGrid(21, 45, 80)), help="TxHxW tokens"
-    )
+    _add_grids(attention)
+    attention.add_argument("--kv-exchanges", nargs="+", choices=KV_EXCHANGES, default=["ring"], help="on a ring")
     attention.add_argument("--input-sets", type=_positive, default=2, help="random inputs that calls rotate through")
+    timeline = commands.add_parser("timeline", help="what each GPU does during one call of the layer")
+    _add_run_flags(timeline, repeat=1, warmup=3)
+    _add_grids(timeline)
     transformer = commands.add_parser("transformer", help="a Wan transformer of A14B shape with random weights")
     _add_run_flags(transformer, repeat=5, warmup=2)
     transformer.add_argument(
@@ -137,17 +158,23 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     transformer.add_argument("--ffn-dim", type=_positive, default=13824)
     transformer.add_argument("--text-tokens", type=_positive, default=512)
     transformer.add_argument("--text-dim", type=_positive, default=4096)
-    transformer.add_argument("--compile", action="store_true", help="measure with compile_repeated_blocks too")
+    transformer.add_argument(
+        "--modes", nargs="+", choices=("eager", "compiled"), default=["eager"], help="compiled: compile_repeated_blocks"
+    )
     transformer.add_argument("--compile-backend", default="inductor", help="of torch.compile")
-    plot = commands.add_parser("plot", help="pictures of results")
-    plot.add_argument("results", nargs="+", type=Path, help="JSON lines of `attention` and `transformer`")
-    plot.add_argument("--output-dir", type=Path, required=True)
+    for name, what in (("plot", "pictures of results"), ("scaling", "tables and pictures over the number of GPUs")):
+        plot = commands.add_parser(name, help=what)
+        plot.add_argument("results", nargs="+", type=Path, help="JSON lines of `attention` and `transformer`")
+        plot.add_argument("--output-dir", type=Path, required=True)
+        plot.set_defaults(scaling=name == "scaling")
     given = vars(parser.parse_args(argv))
-    if given["command"] == "plot":
+    if "scaling" in given:
         return _filled(PlotArguments, given)
     given["densities"] = sorted(set(given["densities"]), reverse=True)
     if given["command"] == "attention":
         return _filled(AttentionArguments, given)
+    if given["command"] == "timeline":
+        return _filled(TimelineArguments, given)
     given["videos"] = dict(given["videos"])
     return _filled(TransformerArguments, given)
 
@@ -155,6 +182,11 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
 def _filled(kind: type[T], given: dict[str, Any]) -> T:
     values = {option.name: given[option.name] for option in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+
+
+def _add_grids(parser: argparse.ArgumentParser) -> None:
+    default = (VideoGrid(21, 30, 52), VideoGrid(21, 45, 80))
+    parser.add_argument("--grids", nargs="+", type=_grid, default=default, help="TxHxW tokens")
 
 
 def _add_run_flags(parser: argparse.ArgumentParser, repeat: int, warmup: int) -> None:

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from functools import partial
-
-import torch
-from torch import Tensor
 
 from launch.benchmarks.arguments import AttentionArguments
 from launch.benchmarks.baselines import Dense, dense_baselines
 from launch.benchmarks.breakdown import measure_breakdown
-from launch.benchmarks.inputs import random_inputs
+from launch.benchmarks.inputs import Inputs, make_layer, shard_inputs
 from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
-from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
-from sp_sparse.parallel.shards import SequenceShards
-
-Inputs = tuple[Tensor, Tensor, Tensor]
+from sp_sparse import AttentionRecorder, SequenceParallelMesh, VideoGrid
 
 
 def measure_attention(session: Session, arguments: AttentionArguments) -> None:
@@ -42,27 +35,19 @@ class _GridBenchmark:
         self._one_rank: dict[tuple[str, float], Measurement] = {}
 
     def measure(self, meshes: list[SequenceParallelMesh]) -> None:
+        arguments, ranks = self._arguments, self._session.ranks
         for mesh in meshes:
             free_memory()
-            inputs = self._inputs(mesh)
+            inputs = [shard_inputs(arguments, mesh, self._grid, ranks, n) for n in range(arguments.input_sets)]
             if mesh.sequence_degree == 1:
                 self._measure_baselines(inputs)
             dense = self._measure_layer(mesh, inputs, "auto", 1.0, self._one_rank_dense)
             # One rank has a stronger baseline than the layer's own dense attention.
             baseline = self._one_rank_dense if mesh.sequence_degree == 1 else dense
-            for backend, density in self._arguments.runs():
-                if density < 1.0:
-                    self._measure_layer(mesh, inputs, backend, density, baseline)
-
-    def _inputs(self, mesh: SequenceParallelMesh) -> list[Inputs]:
-        """This rank's shard, several times; ranks need not agree on the rest of the sequence."""
-        ranks, arguments = self._session.ranks, self._arguments
-        block = math.lcm(*arguments.block_size)
-        cut = SequenceShards.aligned(self._grid.num_tokens, block, mesh.ulysses_degree, mesh.ring_degree)
-        first, last = cut.range_of(mesh.sequence_rank)
-        shape = (1, last - first, arguments.heads, arguments.head_dim)
-        dtype: torch.dtype = getattr(torch, arguments.dtype)
-        return [random_inputs(shape, dtype, ranks.device, ranks.rank + n) for n in range(arguments.input_sets)]
+            exchanges = arguments.kv_exchanges if mesh.ring_degree > 1 else ("ring",)
+            for backend, density in arguments.runs():
+                for exchange in exchanges if density < 1.0 else ():
+                    self._measure_layer(mesh, inputs, backend, density, baseline, exchange)
 
     def _measure_baselines(self, inputs: list[Inputs]) -> None:
         for name, dense in dense_baselines(self._session.ranks.device).items():
@@ -87,10 +72,12 @@ class _GridBenchmark:
         backend: str,
         density: float,
         baseline: Measurement | None,
+        exchange: str = "ring",
     ) -> Measurement | None:
+        kind = f"{mesh.ulysses_degree}x{mesh.ring_degree} {backend}{', all-gather' if exchange != 'ring' else ''}"
         measured = self._session.measure(
-            f"layer {mesh.ulysses_degree}x{mesh.ring_degree} {backend} {self._grid.num_tokens} tokens, density {density:g}",
-            lambda: self._layer_measurement(mesh, inputs, backend, density, baseline),
+            f"layer {kind} {self._grid.num_tokens} tokens, density {density:g}",
+            lambda: self._layer_measurement(mesh, inputs, backend, density, baseline, exchange),
         )
         if measured is not None and mesh.sequence_degree == 1:
             self._one_rank[backend, density] = measured
@@ -103,16 +90,19 @@ class _GridBenchmark:
         backend: str,
         density: float,
         baseline: Measurement | None,
+        exchange: str,
     ) -> Measurement:
         recorder = AttentionRecorder()
-        self._layer(mesh, backend, density, recorder)(*inputs[0], grid=self._grid)
+        make_layer(self._arguments, mesh, backend, density, exchange, recorder)(*inputs[0], grid=self._grid)
         summary = recorder.summary(mesh)
         kernel, measured_density = next(iter(summary["calls"])), summary["densities"][0]["density"]
-        layer = self._layer(mesh, backend, density)
+        layer = make_layer(self._arguments, mesh, backend, density, exchange)
         times = self._timer(lambda number: layer(*inputs[number % len(inputs)], grid=self._grid))
         extra: dict[str, object] = {"implementation": "layer", "backend": backend, "density_asked": density}
         extra["block_size"] = "{}x{}".format(*self._arguments.block_size)
         alone, gpus = self._one_rank.get((backend, density)), mesh.sequence_degree
+        if mesh.ring_degree > 1:
+            extra["kv_exchange"] = exchange
         if gpus > 1:
             extra["speedup_one_gpu_dense"] = _rounded(speedup(self._one_rank_dense, times))
             gain = speedup(alone, times)
@@ -128,19 +118,6 @@ class _GridBenchmark:
             None if baseline is None or own_baseline else _name(baseline),
             None if own_baseline else speedup(baseline, times), extra,
         )  # fmt: skip
-
-    def _layer(
-        self, mesh: SequenceParallelMesh, backend: str, density: float, recorder: AttentionRecorder | None = None
-    ) -> SparseAttention:
-        arguments = self._arguments
-        config = SparseAttentionConfig(
-            backend=backend,
-            topk=density,
-            schedule="constant",
-            token_order=arguments.token_order,
-            block_size=arguments.block_size,
-        )
-        return SparseAttention(config, mesh, num_heads=arguments.heads, head_dim=arguments.head_dim, recorder=recorder)
 
     def _tflops(self, density: float, milliseconds: float) -> float:
         pairs = density * self._arguments.heads * self._grid.num_tokens**2

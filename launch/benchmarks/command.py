@@ -15,6 +15,7 @@ from launch.benchmarks.arguments import (
     AttentionArguments,
     PlotArguments,
     RunArguments,
+    TimelineArguments,
     TransformerArguments,
     parse_arguments,
 )
@@ -74,6 +75,12 @@ def _measure(arguments: RunArguments, ranks: Ranks) -> int:
             from launch.benchmarks.attention import measure_attention
 
             measure_attention(session, arguments)
+        elif isinstance(arguments, TimelineArguments):
+            from launch.benchmarks.timeline import measure_timelines
+
+            if ranks.device.type != "cuda":
+                raise ValueError("a timeline is the GPUs', and none is visible here; run this on a machine with some")
+            measure_timelines(session, arguments)
         elif isinstance(arguments, TransformerArguments):
             from launch.benchmarks.transformer import measure_transformer
 
@@ -96,8 +103,10 @@ def _kernels(flags: list[str]) -> int:
 
 def _plot(arguments: PlotArguments) -> int:
     from launch.benchmarks.plot import draw
+    from launch.benchmarks.scaling import report_scaling
 
-    for path in draw(arguments.results, arguments.output_dir):
+    action = report_scaling if arguments.scaling else draw
+    for path in action(arguments.results, arguments.output_dir):
         print(path)
     return 0
 

@@ -115,6 +115,10 @@ class _OmniBenchmark:
             self._single[video, sparsity] = capture_call(transformer, *inputs)
             self._refuse_dense(transformer)
             return {}
+        if (video, sparsity) not in self._single:
+            raise RuntimeError(
+                f"{video} at sparsity {sparsity:g} was not run on one rank, so there is nothing to check against"
+            )
         call, expected = self._single[video, sparsity]
         frames, height, width = latents
         same, layer_error = repeat_call(transformer, call, (frames, height // 2, width // 2), mesh, self._ranks.rank)

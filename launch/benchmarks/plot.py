@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from launch.files import whole_file
+from launch.benchmarks.pictures import COLOURS, mesh_name, mode_name, prepare, save, title
+from launch.benchmarks.plot_timeline import draw_timeline
+from launch.benchmarks.results_file import Row, read_results
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
-
-_NEEDED = ("what", "gpus", "ulysses", "ring", "sequence", "density", "kernel", "ms_median", "speedup")
 _PARTS = (
     ("ms_kernel", "sparse kernel"),
     ("ms_means", "block means"),
@@ -23,7 +21,6 @@ _PARTS = (
     ("ms_split", "mask split"),
     ("ms_other", "communication, other"),
 )
-_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#bbbbbb")  # Paul Tol's, for the colour-blind
 _TITLES = {"attention": "attention layer", "transformer": "transformer forward"}
 
 
@@ -33,15 +30,8 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
     Raises:
         ValueError: a file that holds no results, results without anything to draw, or no matplotlib.
     """
-    rows = [row for path in results for row in _read(path)]
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ValueError(
-            "matplotlib is not installed, and pictures need it; pip install 'sp-sparse[benchmark]'"
-        ) from error
-    matplotlib.use("Agg")
-    folder.mkdir(parents=True, exist_ok=True)
+    rows = read_results(results)
+    prepare(folder)
     drawn = []
     for what in _TITLES:
         for sequence in sorted({row["sequence"] for row in rows if row["what"] == what}):
@@ -53,34 +43,15 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
                 drawn.append(_draw_speedup(sped, what, folder / f"speedup_{what}_{sequence}.png"))
             if parted:
                 drawn.append(_draw_parts(parted, folder / f"parts_{what}_{sequence}.png"))
+    for row in (row for row in rows if row["what"] == "timeline"):
+        name = "timeline_{sequence}_{ulysses}x{ring}_{kernel}_{density:.2f}.png".format(**row)
+        drawn.append(draw_timeline(row, folder / name))
     if not drawn:
         raise ValueError(
-            f"{', '.join(map(str, results))}: {len(rows)} results, none sparse with a baseline; measure densities below 1 "
+            f"{', '.join(map(str, results))}: {len(rows)} results, nothing to draw; measure densities below 1 "
             "with `benchmark.py attention --output FILE`"
         )
     return drawn
-
-
-def _read(path: Path) -> list[Row]:
-    latest: dict[tuple[Any, ...], Row] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number} is not JSON ({error}); give a file that --output wrote") from error
-        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
-        if missing:
-            raise ValueError(
-                f"{path} line {number} has no {', '.join(missing)}; give a file that `benchmark.py attention` or "
-                "`benchmark.py transformer` wrote"
-            )
-        latest[_identity(row)] = row
-    return list(latest.values())
-
-
-def _identity(row: Row) -> tuple[Any, ...]:
-    optional = ("density_asked", "block_size", "backend", "implementation", "compiled", "layers", "hardware")
-    return tuple(row[key] for key in _NEEDED[:7]) + tuple(row.get(key) for key in optional)
 
 
 def _draw_speedup(rows: list[Row], what: str, path: Path) -> Path:
@@ -104,10 +75,10 @@ def _draw_speedup(rows: list[Row], what: str, path: Path) -> Path:
     axes.set_xlim(right=1.02)
     axes.set_xlabel("density (share of query-key pairs attended)")
     axes.set_ylabel("speed-up over dense on as many GPUs")
-    axes.set_title(_title(rows[0], _TITLES[what]))
+    axes.set_title(title(rows[0], _TITLES[what]))
     axes.grid(True, which="both", alpha=0.3)
     axes.legend()
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _draw_parts(rows: list[Row], path: Path) -> Path:
@@ -118,7 +89,7 @@ def _draw_parts(rows: list[Row], path: Path) -> Path:
     figure = Figure(figsize=(max(7.0, 0.75 * len(rows) + 2), 4.8), layout="constrained")
     axes: Axes = figure.subplots()
     heights = [0.0] * len(rows)
-    for (key, label), colour in zip(_PARTS, _COLOURS, strict=True):
+    for (key, label), colour in zip(_PARTS, COLOURS, strict=True):
         # A part that is within the noise of the layer's own time may come out below 0.
         values = [max(row[key], 0.0) for row in rows]
         axes.bar(range(len(rows)), values, bottom=heights, color=colour, label=label, width=0.75)
@@ -126,34 +97,20 @@ def _draw_parts(rows: list[Row], path: Path) -> Path:
     for place, (row, height) in enumerate(zip(rows, heights, strict=True)):
         axes.annotate(f"{row['overhead_percent']:+.0f} %", (place, height), ha="center", va="bottom", fontsize=8)
     several = len({row["kernel"] for row in rows}) > 1
-    names = [f"{row['density']:.2f}\n{_mesh(row)}" + (f"\n{row['kernel']}" if several else "") for row in rows]
+    names = [f"{row['density']:.2f}\n{mesh_name(row)}" + (f"\n{row['kernel']}" if several else "") for row in rows]
     axes.set_xticks(range(len(rows)), names, fontsize=8)
     axes.margins(y=0.08)
     axes.set_xlabel("density and mesh (U Ulysses × R ring)")
     axes.set_ylabel("milliseconds of a layer")
-    axes.set_title(_title(rows[0], "where the time goes; above each bar, what comes on top of the kernel"), fontsize=10)
+    axes.set_title(title(rows[0], "where the time goes; above each bar, what comes on top of the kernel"), fontsize=10)
     axes.legend(fontsize=8)
-    return _save(figure, path)
+    return save(figure, path)
 
 
 def _series(row: Row, rows: list[Row]) -> str:
-    name = _mesh(row)
+    name = mesh_name(row)
     if len({other["kernel"] for other in rows}) > 1:
         name += f", {row['kernel']}"
     if len({other.get("compiled") for other in rows}) > 1:
-        name += ", compiled" if row["compiled"] else ", eager"
+        name += mode_name(row)
     return name
-
-
-def _mesh(row: Row) -> str:
-    return "1 rank" if row["gpus"] == 1 else f"U{row['ulysses']}×R{row['ring']}"
-
-
-def _title(row: Row, what: str) -> str:
-    return f"{row.get('hardware', '')}, {row['sequence']:,} tokens: {what}".lstrip(", ")
-
-
-def _save(figure: Any, path: Path) -> Path:
-    with whole_file(path) as temporary:
-        figure.savefig(temporary, dpi=130)
-    return path

@@ -14,7 +14,7 @@ class Measurement:
     """What ran, how long it took, and how that compares.
 
     Attributes:
-        what: `attention` or `transformer`.
+        what: `attention`, `timeline` or `transformer`.
         gpus, ulysses, ring: the mesh.
         sequence: tokens of the whole video.
         density: share of attended pairs; for a transformer that asked for.
@@ -117,6 +117,14 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("split", _number("ms_split", ".2f")),
     ("other", _number("ms_other", ".2f")),
     ("overhead %", _number("overhead_percent", ".1f")),
+    ("exchange by", _number("kv_exchange", "")),
+    ("attention", _number("ms_attention", ".2f")),
+    ("selection", _number("ms_selection", ".2f")),
+    ("exchange", _number("ms_exchange", ".2f")),
+    ("exposed", _number("ms_exposed", ".2f")),
+    ("merge", _number("ms_merge", ".2f")),
+    ("copies", _number("ms_copies", ".2f")),
+    ("idle", _number("ms_idle", ".2f")),
     ("peak GiB", _gib),
     ("peak/dense", _number("peak_memory_ratio", ".2f")),
 )

@@ -64,23 +64,29 @@ class Timer:
 
     def _milliseconds(self, call: Callable[[int], object], number: int) -> float:
         if self.ranks.device.type != "cuda":
-            self._meet()
+            _meet(self.ranks)
             start = time.perf_counter()
             call(number)
             return (time.perf_counter() - start) * 1e3
-        torch.cuda.synchronize(self.ranks.device)
-        self._meet()
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        token = torch.zeros(1, device=self.ranks.device)
-        torch.cuda._sleep(_HEAD_START_CYCLES)
-        if self.ranks.world > 1:
-            dist.all_reduce(token)  # on the GPUs, whose clocks differ, so that they have not spun equally long
+        line_up(self.ranks)
         begin.record()
         call(number)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end)
 
-    def _meet(self) -> None:
-        if self.ranks.world > 1:
-            dist.barrier()
+
+def line_up(ranks: Ranks) -> None:
+    """Let the GPUs start what is queued next together, with their hosts ahead of them. A collective call."""
+    torch.cuda.synchronize(ranks.device)
+    _meet(ranks)
+    token = torch.zeros(1, device=ranks.device)
+    torch.cuda._sleep(_HEAD_START_CYCLES)
+    if ranks.world > 1:
+        dist.all_reduce(token)  # on the GPUs, whose clocks differ, so that they have not spun equally long
+
+
+def _meet(ranks: Ranks) -> None:
+    if ranks.world > 1:
+        dist.barrier()

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launch.benchmarks.arguments import TransformerArguments
+from launch.benchmarks.arguments import TransformerArguments, every_mesh
 from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
@@ -40,11 +40,11 @@ class _TransformerBenchmark:
         self._session, self._arguments = session, arguments
         self._timer = Timer(session.ranks, arguments.warmup, arguments.repeat)
         self._dense: dict[tuple[Mesh, str, bool], Measurement] = {}
-        self._modes = (False, True) if arguments.compile else (False,)
+        self._modes = [mode == "compiled" for mode in ("eager", "compiled") if mode in arguments.modes]
 
     def measure(self) -> None:
         device, world = self._session.ranks.device, self._session.ranks.world
-        for degrees in ((world, 1), (1, world)) if world > 1 else ():
+        for degrees in every_mesh(world) if world > 1 else ():
             self._measure_diffusers(degrees)
             _forget_compiled()  # it may refer to the model
             free_memory()
@@ -139,7 +139,7 @@ class _TransformerBenchmark:
         )  # fmt: skip
 
     def _best_dense(self, gpus: int, video: str, compiled: bool) -> Measurement | None:
-        """The fastest dense way on as many GPUs: on one, diffusers' own attention; on several, its Ulysses or ring."""
+        """The fastest dense way on as many GPUs: on one, diffusers' own attention; on several, any mesh."""
         able = [
             measured
             for (mesh, of_video, mode), measured in self._dense.items()

@@ -21,6 +21,8 @@ class KernelInfo:
         dtypes: dtypes of query, key and value.
         head_dims: head dimensions.
         block_sizes: (query block, key block) pairs in tokens.
+        newer_block_sizes: (compute capability, the pairs among `block_sizes` that GPUs from it on take), ascending; empty
+            where all take all.
         min_capability: lowest CUDA compute capability, `(major, minor)`.
         max_capability: highest CUDA compute capability, or None for no limit.
         returns_lse: whether it returns the LSE, which ring parallelism needs to merge its hops.
@@ -32,6 +34,7 @@ class KernelInfo:
     dtypes: tuple[torch.dtype, ...] = ()
     head_dims: tuple[int, ...] = ()
     block_sizes: tuple[tuple[int, int], ...] = ()
+    newer_block_sizes: tuple[tuple[tuple[int, int], tuple[tuple[int, int], ...]], ...] = ()
     min_capability: tuple[int, int] = (0, 0)
     max_capability: tuple[int, int] | None = None
     returns_lse: bool = True

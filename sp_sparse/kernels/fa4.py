@@ -1,4 +1,4 @@
-"""FlashAttention-4's block-sparse forward for Hopper (CuTe DSL: TMA loads and wgmma in specialised warps).
+"""FlashAttention-4's block-sparse forward for Hopper and Blackwell (CuTe DSL: TMA loads, wgmma or tcgen05 instructions).
 
 The package flash-attn-4 (github.com/Dao-AILab/flash-attention, `flash_attn/cute`) reads lists of key blocks on the
 device: nothing is planned and nothing synchronises. Its rules on compute capability 9.0, from its sources at 4.0.0b36:
@@ -7,10 +7,11 @@ device: nothing is planned and nothing synchronises. Its rules on compute capabi
   the last key block at the sequence's end.
 * It does so only in the last block of a list, so lists must ascend, as a `BlockMask`'s do.
 * The block size must be told; with a short last block the package could not infer it.
-* The key block is the kernel's key tile; a query block of 64 runs in tiles of 64, any other in tiles of 128.
+* The key block is the kernel's key tile; a query block of 64 runs in tiles of 64, one of 128 or 256 in tiles of 128.
 * A row without blocks gets output 0 and LSE -inf.
 
-Compute capability 10.x takes query blocks of 256 only, and 8.x and 12.x have no block sparsity there.
+On compute capability 10.x the rules are the same but for the block size, which is 256x128: two query tiles of 128 are
+computed at a time. 8.x and 12.x have no block sparsity there.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ class FA4Kernel:
         device_types=("cuda",),
         dtypes=(torch.float16, torch.bfloat16),
         head_dims=(64, 96, 128),
-        block_sizes=((128, 128), (128, 64), (64, 128), (64, 64)),
+        block_sizes=((128, 128), (128, 64), (64, 128), (64, 64), (256, 128)),
+        newer_block_sizes=(((10, 0), ((256, 128),)),),
         min_capability=(9, 0),
-        max_capability=(9, 0),
+        max_capability=(10, 3),
         extra="fa4",
     )
 

@@ -98,7 +98,7 @@ def why_not(kernel: Kernel, request: KernelRequest) -> str | None:
     # Whether its package is there comes after what no installation can change, and before what asks the GPU.
     reason = kernel.missing()
     if reason is None and request.device.type == "cuda":
-        reason = _wrong_capability(kernel, torch.cuda.get_device_capability(request.device))
+        reason = _wrong_capability(kernel, torch.cuda.get_device_capability(request.device), request.block_size)
     return reason
 
 
@@ -142,11 +142,15 @@ def check_returns_lse(name: str) -> None:
     )
 
 
-def _wrong_capability(kernel: Kernel, capability: tuple[int, int]) -> str | None:
+def _wrong_capability(kernel: Kernel, capability: tuple[int, int], block_size: tuple[int, int]) -> str | None:
     info = kernel.info
     if capability < info.min_capability or (info.max_capability is not None and capability > info.max_capability):
         upper = "newer" if info.max_capability is None else "{}.{}".format(*info.max_capability)
         return "compute capability {}.{} is outside {}.{} to {}".format(*capability, *info.min_capability, upper)
+    taken = [sizes for first, sizes in info.newer_block_sizes if capability >= first]
+    if taken and block_size not in taken[-1]:
+        sizes = ", ".join(map(str, taken[-1]))
+        return "block size {} is not among {} on compute capability {}.{}".format(block_size, sizes, *capability)
     return None
 
 

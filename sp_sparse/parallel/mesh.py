@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
+
+from sp_sparse.parallel.streams import SideStream
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +45,7 @@ class SequenceParallelMesh:
     ring_group: ProcessGroup | None = None
     cfg_group: ProcessGroup | None = None
     timeout: timedelta | None = None
+    _side_streams: dict[torch.device, SideStream] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name in ("ulysses_degree", "ring_degree", "cfg_degree"):
@@ -121,6 +125,12 @@ class SequenceParallelMesh:
     def groups(self) -> tuple[ProcessGroup, ...]:
         """The groups of more than one rank."""
         return tuple(g for g in (self.ulysses_group, self.ring_group, self.cfg_group) if g is not None)
+
+    def side_stream(self, device: torch.device) -> SideStream:
+        """Where exchanges run beside what `device` computes; one for all layers of the mesh."""
+        if device not in self._side_streams:
+            self._side_streams[device] = SideStream(device)
+        return self._side_streams[device]
 
     def check_same(self, what: str, value: object) -> None:
         """Fail on every rank if the ranks of the mesh hold different values of `what`. A collective call.

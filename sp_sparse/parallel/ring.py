@@ -9,13 +9,14 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sp_sparse.parallel.merge import merge
+from sp_sparse.parallel.streams import Pending, SideStream
 
 # (key, value, owner) -> (out, lse): attention of this rank's queries over the shard of ring rank `owner`.
 AttendShard = Callable[[Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
 def ring_attention(
-    attend: AttendShard, key: Tensor, value: Tensor, lengths: Sequence[int], group: ProcessGroup
+    attend: AttendShard, key: Tensor, value: Tensor, lengths: Sequence[int], group: ProcessGroup, side: SideStream
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's queries over every shard of the ring.
 
@@ -24,13 +25,14 @@ def ring_attention(
         key, value: this rank's shard, `[B, S_rank, H, D]`.
         lengths: tokens of each ring rank's shard; ranks without any are passed over.
         group: the ring group.
+        side: where shards travel while others are attended.
 
     Returns:
         out `[B, Sq, H, D]` in the dtype of `key`, and lse `[B, H, Sq]`.
     """
     merged: tuple[Tensor, Tensor] | None = None
     remaining = sum(length > 0 for length in lengths)
-    for owner, hop_key, hop_value in _shards(key, value, lengths, group):
+    for owner, hop_key, hop_value in _shards(key, value, lengths, group, side):
         if lengths[owner] == 0:
             continue
         remaining -= 1
@@ -46,7 +48,7 @@ def ring_attention(
 
 
 def _shards(
-    key: Tensor, value: Tensor, lengths: Sequence[int], group: ProcessGroup
+    key: Tensor, value: Tensor, lengths: Sequence[int], group: ProcessGroup, side: SideStream
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (owner, key, value) of every shard, own first, while the next one is in flight.
 
@@ -54,31 +56,32 @@ def _shards(
     caller's own shard at most two are held: the one being attended and the one arriving.
     """
     rank, ranks = dist.get_rank(group), len(lengths)
-    onward, behind = (dist.get_global_rank(group, (rank + step) % ranks) for step in (1, -1))
     batch, _, heads, head_dim = key.shape
     spare: list[Tensor] = []
     held = key.contiguous(), value.contiguous()
-    for hop in range(ranks):
+    for hop in range(ranks - 1):
         owner, next_owner = (rank - hop) % ranks, (rank - hop - 1) % ranks
-        arriving: tuple[Tensor, ...] = ()
-        pending: list[dist.Work] = []
-        if hop + 1 < ranks:
-            if len(spare) < 2:
-                spare.append(key.new_empty(2, batch * max(lengths) * heads * head_dim))
-            buffer = spare[hop % 2]
-            count = batch * lengths[next_owner] * heads * head_dim
-            arriving = tuple(part[:count].view(batch, lengths[next_owner], heads, head_dim) for part in buffer)
-            pending = _exchange(held, arriving, onward, behind, group)
+        if len(spare) < 2:
+            spare.append(key.new_empty(2, batch * max(lengths) * heads * head_dim))
+        count = batch * lengths[next_owner] * heads * head_dim
+        key_part, value_part = (part[:count] for part in spare[hop % 2])
+        pending = _pass_on(held, (key_part, value_part), group, side)
         yield owner, *held
-        for work in pending:
-            work.wait()
-        if arriving:
-            held = arriving[0], arriving[1]
+        pending.join()
+        shape = batch, lengths[next_owner], heads, head_dim
+        held = key_part.view(shape), value_part.view(shape)
+    yield (rank + 1) % ranks, *held
 
 
-def _exchange(
-    outgoing: tuple[Tensor, ...], incoming: tuple[Tensor, ...], onward: int, behind: int, group: ProcessGroup
-) -> list[dist.Work]:
-    operations = [dist.P2POp(dist.isend, x, onward, group) for x in outgoing if x.numel()]
-    operations += [dist.P2POp(dist.irecv, x, behind, group) for x in incoming if x.numel()]
-    return dist.batch_isend_irecv(operations) if operations else []
+def _pass_on(
+    outgoing: tuple[Tensor, ...], incoming: tuple[Tensor, ...], group: ProcessGroup, side: SideStream
+) -> Pending:
+    """Send to the next rank of the ring and receive from the one before; both keep to all-to-all's order of calls."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    with side.run() as pending:
+        for leaving, arriving in zip(outgoing, incoming, strict=True):
+            sent, received = [0] * ranks, [0] * ranks
+            sent[(rank + 1) % ranks], received[(rank - 1) % ranks] = leaving.numel(), arriving.numel()
+            # Between two ranks only, as an all-to-all: point-to-point calls would not run on a stream of ours.
+            dist.all_to_all_single(arriving, leaving.view(-1), received, sent, group=group)
+    return pending

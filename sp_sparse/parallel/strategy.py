@@ -97,15 +97,18 @@ class SequenceParallelStrategy:
         heads = self.heads(query.shape[2])
         gathered = metadata.grouped(self.mesh.ulysses_degree)
         context = ParallelContext(metadata, gathered, heads)
-        tensors = query, key, value
+        tensors: tuple[Tensor, ...] = (query, key, value)
         if self.mesh.ulysses_group is not None:
             (ranges,) = head_ranges(heads)
-            pending = [self._start_gather(x, metadata, ranges, self.mesh.ulysses_group) for x in tensors]
-            tensors = tuple(gathering.finish() for gathering in pending)  # type: ignore[assignment]
+            # A ring sends keys and values on, and so wants each of them contiguous; else all travel together.
+            messages = [tensors] if self.mesh.ring_group is None else [(x,) for x in tensors]
+            pending = [self._start_gather(message, metadata, ranges, self.mesh.ulysses_group) for message in messages]
+            tensors = tuple(x for gathering in pending for x in gathering.finish())
         aligned = gathered.realigned(self.block)
         if aligned != gathered:
-            tensors = realign(tensors, gathered, aligned, self.mesh.ring_group)  # type: ignore[assignment]
-        return (*tensors, aligned, context)
+            tensors = realign(tensors, gathered, aligned, self.mesh.ring_group)
+        query, key, value = tensors
+        return query, key, value, aligned, context
 
     def attend(
         self,
@@ -140,7 +143,7 @@ class SequenceParallelStrategy:
         def attend_shard(keys: Tensor, values: Tensor, owner: int) -> tuple[Tensor, Tensor]:
             return attend_keys(keys, values, None if hops is None else hops[owner])
 
-        return ring_attention(attend_shard, key, value, lengths, group)[0]
+        return ring_attention(attend_shard, key, value, lengths, group, self.mesh.side_stream(key.device))[0]
 
     def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
         """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""
@@ -149,9 +152,9 @@ class SequenceParallelStrategy:
             (out,) = realign((out,), aligned, context.gathered, self.mesh.ring_group)
         if self.mesh.ulysses_group is not None:
             (ranges,) = head_ranges(context.heads)
-            scattering = self._start_scatter(out, context.shards, ranges, self.mesh.ulysses_group)
-            out = self._empty_out(out, context.shards, sum(context.heads))
-            scattering.finish(out)
+            result = self._empty_out(out, context.shards, sum(context.heads))
+            self._start_scatter(out, result, context.shards, ranges, self.mesh.ulysses_group).finish()
+            return result
         return out
 
     def run(
@@ -178,18 +181,24 @@ class SequenceParallelStrategy:
             q, k, v, ring_shards, context = self.pre_attention(query, key, value, metadata)
             return self.post_attention(body(q, k, v, ring_shards), context)
         self._check_held(query, metadata)
+        tensors = query, key, value
         ranges = head_ranges(heads, chunks)
+        result: Tensor | None = None
         returning = []
-        arriving = [self._start_gather(x, metadata, ranges[0], group) for x in (query, key, value)]
+        following = self._start_gather(tensors, metadata, ranges[0], group)
         for chunk in range(chunks):
-            q, k, v = (gathering.finish() for gathering in arriving)
+            arriving = following
             if chunk + 1 < chunks:
-                arriving = [self._start_gather(x, metadata, ranges[chunk + 1], group) for x in (query, key, value)]
+                # Packed while this chunk arrives, and on its way while it is attended.
+                following = self._start_gather(tensors, metadata, ranges[chunk + 1], group)
+            q, k, v = arriving.finish()
             out = body(q, k, v, gathered)
-            returning.append(self._start_scatter(out, metadata, ranges[chunk], group))
-        result = self._empty_out(query, metadata, query.shape[2])
+            if result is None:
+                result = self._empty_out(query, metadata, query.shape[2])
+            returning.append(self._start_scatter(out, result, metadata, ranges[chunk], group))
         for scattering in returning:
-            scattering.finish(result)
+            scattering.finish()
+        assert result is not None
         return result
 
     def gather_blocks(self, summaries: Tensor, metadata: SequenceShards, block: int) -> Tensor:
@@ -204,11 +213,17 @@ class SequenceParallelStrategy:
         """Tokens of key and value that a rank brings beside so many queries."""
         return query_tokens
 
-    def _start_gather(self, x: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup) -> Gathering:
-        return start_gather(x, self._group_tokens(shards), ranges, group)
+    def _start_gather(
+        self, tensors: tuple[Tensor, ...], shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup
+    ) -> Gathering:
+        return start_gather(
+            tensors, self._group_tokens(shards), ranges, group, self.mesh.side_stream(tensors[0].device)
+        )
 
-    def _start_scatter(self, x: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup) -> Scattering:
-        return start_scatter(x, self._group_tokens(shards), ranges, group)
+    def _start_scatter(
+        self, x: Tensor, out: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup
+    ) -> Scattering:
+        return start_scatter(x, out, self._group_tokens(shards), ranges, group, self.mesh.side_stream(x.device))
 
     def _empty_out(self, like: Tensor, shards: SequenceShards, num_heads: int) -> Tensor:
         return like.new_empty(like.shape[0], shards.lengths[self.mesh.sequence_rank], num_heads, like.shape[3])

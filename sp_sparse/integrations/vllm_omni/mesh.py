@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch.distributed as dist
 from vllm_omni.diffusion.distributed.parallel_state import get_sp_group
 
 from sp_sparse.parallel.mesh import SequenceParallelMesh
@@ -13,6 +14,8 @@ from sp_sparse.parallel.shards import SequenceShards
 
 # Who holds which tokens when a layer's implementation is called: every token, a ring shard, or own queries and all keys.
 Place = Literal["local", "ring", "allgather"]
+
+_MESH = "_sp_sparse_mesh"
 
 
 @dataclass(frozen=True)
@@ -55,12 +58,16 @@ class OmniMesh:
         return math.ceil(tokens / self.ranks) * self.ranks
 
     def groups(self, place: Place) -> SequenceParallelMesh:
-        """The ranks that share the queries of a call. vllm-omni must have built its groups."""
-        if place == "ring":
-            return SequenceParallelMesh(ring_degree=self.ring_degree, ring_group=get_sp_group().ring_group)
-        if place == "allgather":
-            return SequenceParallelMesh(ring_degree=self.allgather_degree, ring_group=get_sp_group().allgather_group)
-        return SequenceParallelMesh()
+        """The ranks that share the queries of a call, the same object for every layer. vllm-omni has built its groups."""
+        if place == "local":
+            return SequenceParallelMesh()
+        built: Any = get_sp_group()
+        # Kept with vllm-omni's groups, whose lifetime it shares: layers of one mesh share its stream.
+        if getattr(built, _MESH, None) is None:
+            group = built.ring_group if place == "ring" else built.allgather_group
+            setattr(built, _MESH, SequenceParallelMesh(ring_degree=dist.get_world_size(group), ring_group=group))
+        mesh: SequenceParallelMesh = getattr(built, _MESH)
+        return mesh
 
     def shards(self, place: Place, tokens: int) -> SequenceShards:
         """The cut of `tokens` over those ranks: vllm-omni's, equal shares with padding at the end."""
