@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("triton", "diffusers", "flash-attn-4", "flashinfer-python", "sp-sparse")
+_PACKAGES = ("triton", "diffusers", "flash-attn-4", "flashinfer-python", "vllm-omni", "vllm", "fa3-fwd", "sp-sparse")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
