@@ -98,6 +98,10 @@ def test_token_order_where_a_rank_holds_every_token() -> None:
     for result in run(Mesh(ulysses=2), jobs[1]):
         assert relative_error(result.output, single.output) < 1e-5
     assert relative_error(single.output, raster.output) > 1e-3, "other tokens share a block"
+    everything = run(Mesh(), Job(SMALL, {"sparsity": 1e-6}, jobs[1].options))[0]
+    dense = run(Mesh(), Job(SMALL, backend="TORCH_SDPA"))[0]
+    assert (everything.sparse, everything.dense) == (2, 0)
+    assert relative_error(everything.output, dense.output) < 1e-5, "every block attended: the order must not be seen"
 
 
 @pytest.mark.parametrize("options", [{"kv_exchange": "all_gather"}, {"selector": "window", "window": 2}], ids=str)
