@@ -16,7 +16,11 @@ from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME
 
 
 class DenseAttention:
-    """What a layer would run without SP_SPARSE: the configured default backend, else the platform's."""
+    """What a layer would run without SP_SPARSE: the configured default backend, else the platform's.
+
+    Attributes:
+        name: what it is, for the log.
+    """
 
     def __init__(self, **layer: Any) -> None:
         """`layer`: what vllm-omni's attention layer gives its implementation: heads, scale, role, prefix and so on."""
@@ -32,22 +36,21 @@ class DenseAttention:
             backend_kwargs=None if spec is None else spec.backend_kwargs(),
             backend_explicit=spec is not None,
         )
+        self.name: str = self._backend.get_name()
         self._scale: float = layer["softmax_scale"]
         self._causal: bool = layer["causal"]
         self._ring: RingParallelAttention | None = None
         if config is not None and config.parallel_config.ring_degree > 1:
             # The platform's name, and not as a user's choice: so it takes the best ring kernel that is there.
             self._ring = RingParallelAttention(get_sp_group(), platform.get_name(), attn_backend_explicit=False)
-
-    @property
-    def name(self) -> str:
-        """vllm-omni's name of the backend."""
-        return self._backend.get_name()
+            self.name = f"vllm-omni's ring ({platform.get_name()})"
 
     def local(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata | None) -> Tensor:
         """Attention over the keys that are given."""
         if metadata is not None and metadata.attn_mask is not None and not self._backend.supports_attention_mask():
-            raise ValueError(f"attention backend {self.name} takes no attn_mask; choose another default backend")
+            raise ValueError(
+                f"attention backend {self._backend.get_name()} takes no attn_mask; choose another default backend"
+            )
         return self._local.forward(query, key, value, metadata)
 
     def ring(self, query: Tensor, key: Tensor, value: Tensor, metadata: AttentionMetadata | None) -> Tensor:

@@ -88,7 +88,7 @@ class SparseSelfAttention:
                 "tokens too; choose another attention backend"
             )
         # Views without what vllm-omni padded, which is never attended.
-        q, k, v = (x if x is query and gathered else x[:, :tokens] for x in (query, key, value))
+        q, k, v = query if gathered else query[:, :tokens], key[:, :tokens], value[:, :tokens]
         if self._is_dense(call):
             out = self._dense.local(q, k, v, call.metadata())
         elif gathered:
