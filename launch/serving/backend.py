@@ -61,6 +61,7 @@ class WanBackend:
         self._recorder = AttentionRecorder()
         self._pipe: Any = None
         self._image_pipe: Any = None
+        self._scheduler: Any = None
         self._mesh: SequenceParallelMesh | None = None
         self._attached: tuple[SparseAttentionConfig, SparseWan] | None = None
 
@@ -90,6 +91,7 @@ class WanBackend:
     def load(self) -> None:
         base, ranks = self._base, self._ranks
         self._pipe = ranks.together(lambda: load_pipeline(base, self._model, ranks.device))
+        self._scheduler = self._pipe.scheduler
         self._image_pipe = _from_image(self._pipe) if self._model.may_take_image else self._pipe
         for pipe in (self._pipe, self._image_pipe):
             pipe.set_progress_bar_config(disable=True)
@@ -121,8 +123,8 @@ class WanBackend:
 
     def denoise(self, job: JobParameters, encoded: _Encoded, on_step: Callable[[], None]) -> Tensor:
         arguments, pipe = encoded.arguments, self._pipe if encoded.image is None else self._image_pipe
-        # A scheduler counts its steps, and a job that was stopped leaves it amid them.
-        scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
+        # Made from the one that was loaded: another job's may have another shift, or have stopped amid its steps.
+        scheduler = fresh_scheduler(self._scheduler, arguments.flow_shift)
         self._pipe.scheduler = self._image_pipe.scheduler = scheduler
         self._attach(arguments.sparse)
         self._recorder.clear()
