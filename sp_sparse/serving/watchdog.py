@@ -6,10 +6,10 @@ import faulthandler
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from time import monotonic, sleep
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Watchdog:
     def limit(self, seconds: float, what: str) -> Iterator[None]:
         """What happens inside may take so many seconds since its start or the last `beat`; an outer bound rests."""
         with self._lock:
-            self._limits.append(_Limit(seconds, what, time.monotonic() + seconds))
+            self._limits.append(_Limit(seconds, what, monotonic() + seconds))
         try:
             yield
         finally:
@@ -52,13 +52,13 @@ class Watchdog:
         """Start the innermost bound anew: there was progress."""
         with self._lock:
             if self._limits:
-                self._limits[-1].ends = time.monotonic() + self._limits[-1].seconds
+                self._limits[-1].ends = monotonic() + self._limits[-1].seconds
 
     def _watch(self) -> None:
         while True:
-            time.sleep(0.2)
+            sleep(0.2)
             with self._lock:
-                late = self._limits[-1] if self._limits and self._limits[-1].ends < time.monotonic() else None
+                late = self._limits[-1] if self._limits and self._limits[-1].ends < monotonic() else None
             if late is not None:
                 self._on_expiry(
                     f"{late.what} took more than {late.seconds:g} s; ending, so that the ranks can start anew"

@@ -40,7 +40,7 @@ class WebServer:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_keep_alive=10,
+            timeout_keep_alive=max(1, min(10, int(header_s))),
             timeout_graceful_shutdown=5,
         )
         self._server = uvicorn.Server(config)

@@ -91,8 +91,8 @@ class Client:
 class RankServer(Client):
     """`launch/serve.py` on forked ranks; everything is ended when the context is left."""
 
-    def __init__(self, folder: Path, world: int, *flags: str) -> None:
-        self.folder, self.world, self.port = folder, world, free_port()
+    def __init__(self, folder: Path, world: int, *flags: str, program: Callable[[list[str]], int] = main) -> None:
+        self.folder, self.world, self.port, self._program = folder, world, free_port(), program
         super().__init__(f"http://127.0.0.1:{self.port}")
         self._flags = ["--port", str(self.port), "--data-dir", str(folder / "data"), *SPARSE, *flags]
         self.processes: list[BaseProcess] = []
@@ -112,7 +112,9 @@ class RankServer(Client):
         context = multiprocessing.get_context("fork")
         store = tempfile.mktemp(dir=self.folder, prefix="store-")
         self.processes = [
-            context.Process(target=_rank_main, args=(rank, self.world, store, self._flags, str(self.log_path)))
+            context.Process(
+                target=_rank_main, args=(rank, self.world, store, self._program, self._flags, str(self.log_path))
+            )
             for rank in range(self.world)
         ]
         for process in self.processes:
@@ -147,7 +149,9 @@ class RankServer(Client):
         return self.join()
 
 
-def _rank_main(rank: int, world: int, store: str, flags: list[str], log: str) -> None:
+def _rank_main(
+    rank: int, world: int, store: str, program: Callable[[list[str]], int], flags: list[str], log: str
+) -> None:
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -160,5 +164,5 @@ def _rank_main(rank: int, world: int, store: str, flags: list[str], log: str) ->
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=PATIENCE_S)
         )
-    status = main(flags)
+    status = program(flags)
     os._exit(status)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,6 +17,7 @@ from tests.ranks import run_ranks
 from tests.serving.server import SPARSE, RankServer, wait_for
 
 LONG = {"num_inference_steps": 5000}
+CONSTANT = ["--sparse-attn-schedule", "constant"]
 LIMITS = ["--max-steps", "5000"]
 
 
@@ -83,12 +85,11 @@ def test_the_life_of_a_job(server: RankServer) -> None:
 
 def test_the_same_video_as_generate(server: RankServer, tmp_path: Path) -> None:
     """Also after jobs with other settings, which must leave nothing behind."""
-    asked = [
+    asked: list[tuple[dict[str, Any], list[str]]] = [
         ({"seed": 3}, ["--seed", "3", *SPARSE]),
         (
             {"seed": 3, "sparse_attn_topk": 0.1, "sparse_attn_schedule": "constant", "flow_shift": 5.0},
-            "--seed 3 --sparse-attn-backend reference --sparse-attn-topk 0.1 --sparse-attn-schedule constant "
-            "--flow-shift 5".split(),
+            ["--seed", "3", *SPARSE, "--sparse-attn-topk", "0.1", *CONSTANT, "--flow-shift", "5"],
         ),
         (
             {"seed": 3, "sparse_attn_backend": "none"},
