@@ -29,6 +29,7 @@ from sp_sparse.serving.answers import (
 )
 from sp_sparse.serving.backend import JobParameters, VideoBackend
 from sp_sparse.serving.body import read_request, request_body
+from sp_sparse.serving.document import describe
 from sp_sparse.serving.engine import Engine
 from sp_sparse.serving.errors import ApiError, invalid, not_found
 from sp_sparse.serving.guard import Guard
@@ -126,6 +127,7 @@ def create_app(service: Service) -> FastAPI:
     _add_video_routes(app, service)
     _add_sync_route(app, service)
     _add_other_routes(app, service)
+    describe(app, service.api_key is not None)
     return app
 
 
