@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from sp_sparse.parallel.lost import is_lost_rank
 
@@ -131,14 +132,28 @@ def start_ranks(device: str, timeout_s: float, on_stop: Callable[[], None] | Non
         return
     if on_stop is None:
         _call_when_stopped((signal.SIGTERM,), lambda: _speak_and_end(rank))
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        store=_meeting_place(timeout),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
         device_id=place if place.type == "cuda" else None,
     )
     yield Ranks(rank, world, place)
     dist.barrier()  # a rank that leaves early breaks those still talking to it
     dist.destroy_process_group()
+
+
+def _meeting_place(timeout: timedelta) -> dist.Store:
+    """The store of torchrun, where ranks leave their addresses for one another.
+
+    torchrun keeps it when it starts the ranks anew, with the addresses of those that are gone: each start has its own part.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave(status: int) -> NoReturn:

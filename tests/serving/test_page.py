@@ -32,7 +32,7 @@ def page(tmp_path: Path) -> Iterator[Any]:
             args=["--no-sandbox", "--disable-gpu", "--no-first-run", *quiet],
             timeout=PATIENCE_S * 1000,
         )
-        opened = browser.new_page(viewport={"width": 1100, "height": 760})
+        opened = browser.new_page(viewport={"width": 1100, "height": 860})
         opened.set_default_timeout(PATIENCE_S * 1000)
         problems: list[str] = []
         opened.on("pageerror", lambda error: problems.append(str(error)))
@@ -53,7 +53,7 @@ def test_create_watch_and_play(page: Any, tmp_path: Path) -> None:
         page.goto(server.url)
         page.get_by_text("a fox in the snow").wait_for()
         page.get_by_label("Prompt").fill("a cat surfing at dawn")
-        page.get_by_label("Steps").fill("400")
+        page.get_by_label("Steps").fill("150")
         page.get_by_label("Seed").fill("7")
         page.get_by_label("Share of key blocks kept").fill("0.2")
         page.get_by_role("button", name="Make the video").click()
@@ -62,13 +62,13 @@ def test_create_watch_and_play(page: Any, tmp_path: Path) -> None:
         _until(page, "Number(document.querySelector('article').dataset.step) > 2")
         first = int(job.get_attribute("data-step"))
         _until(page, f"Number(document.querySelector('article').dataset.step) > {first}")
-        assert "of 400" in job.inner_text()
+        assert "of 150" in job.inner_text()
         assert "left" in job.inner_text()
         assert "topk 0.2" in job.inner_text()
         page.locator("article").nth(1).get_by_role("button", name="Play").click()
         _until(page, "document.querySelectorAll('video')[1].currentTime > 0")
         if SCREENSHOT:
-            _until(page, "Number(document.querySelector('article').dataset.step) > 150")
+            _until(page, "Number(document.querySelector('article').dataset.step) > 60")
             page.screenshot(path=SCREENSHOT)
         page.wait_for_selector("article[data-status=completed] >> text=a cat surfing at dawn")
         job.get_by_role("button", name="Play").click()
