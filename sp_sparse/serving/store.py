@@ -61,10 +61,12 @@ class JobStore:
             OSError: the folder cannot be written, or another server uses it.
             ValueError: the store was written by a newer version.
         """
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self._videos, self._max_tries = folder, folder / "videos", max_tries
-        self._videos.mkdir(exist_ok=True)
-        self._lock_file = (folder / "lock").open("w")
+        try:
+            self._videos.mkdir(parents=True, exist_ok=True)
+            self._lock_file = (folder / "lock").open("w")
+        except OSError as error:
+            raise OSError(f"{folder} cannot be used ({error.strerror}); give another --data-dir") from error
         try:
             fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -109,6 +109,11 @@ class RankServer(Client):
 
     def start(self) -> None:
         """Start all ranks, and wait until they are ready."""
+        self.launch()
+        self.wait_ready()
+
+    def launch(self) -> None:
+        """Start all ranks."""
         context = multiprocessing.get_context("fork")
         store = tempfile.mktemp(dir=self.folder, prefix="store-")
         self.processes = [
@@ -119,7 +124,6 @@ class RankServer(Client):
         ]
         for process in self.processes:
             process.start()
-        self.wait_ready()
 
     @property
     def log_path(self) -> Path:
