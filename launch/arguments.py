@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from collections.abc import Sequence
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from launch.flags import flag_of, make_parser, option, options_of, parse
 from sp_sparse import SparseAttentionConfig
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
@@ -18,10 +17,6 @@ RANDOM_A14B = "a14b-random"
 
 # Token blocks of 128 would leave a tiny model with three of them.
 _TINY_BLOCK = (16, 16)
-
-
-def _option(default: Any, text: str, parse: Any = str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -32,53 +27,53 @@ class GenerateArguments:
         ValueError: values that cannot go together or are out of range.
     """
 
-    model: str = _option(
+    model: str = option(
         "tiny",
         "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random (full width, random weights); "
         "a folder; or a hub id",
     )
-    layers: int = _option(4, f"layers of each expert of {RANDOM_A14B}; the real model has 40", int)
-    lora: str | None = _option(None, "LoRA weights for the first (or only, or high-noise) expert")
-    lora_2: str | None = _option(None, "LoRA weights for the second (low-noise) expert")
-    prompt: str = _option("a cat walks on the grass", "what to show")
-    prompt_file: str | None = _option(None, "one prompt a line, one video each; instead of --prompt")
-    negative_prompt: str = _option("", "what to keep away from")
-    image: str | None = _option(None, "first frame, for image-to-video; a tiny or random model draws one if not given")
-    height: int | None = _option(None, "pixels", int)
-    width: int | None = _option(None, "pixels", int)
-    num_frames: int | None = _option(None, "frames of the video, 4n + 1", int)
-    fps: int | None = _option(None, "frames a second of the video", int)
-    num_inference_steps: int | None = _option(None, "denoising steps", int)
-    seed: int = _option(0, "the same on every rank", int)
-    guidance_scale: float | None = _option(None, "classifier-free guidance; 1 switches it off", float)
-    guidance_scale_2: float | None = _option(None, "guidance of the second expert", float)
-    flow_shift: float | None = _option(None, "shift of the noise schedule", float)
-    output: str | None = _option(None, "video, .mp4 (default: outputs/<model>_u<U>_r<R>_<topk>_<seed>.mp4)")
-    output_latents: str | None = _option(None, "final latents too, .pt")
-    output_frames: str | None = _option(None, "frames too, as they are before the video codec, .pt")
-    report: str | None = _option(None, "what ran, .json (default: beside the video)")
-    ulysses_degree: int = _option(1, "ranks that split the heads", int)
-    ring_degree: int = _option(1, "ranks that pass keys and values around", int)
-    cfg_parallel_degree: int = _option(1, "2 runs the two guidance branches on two halves of the ranks", int)
-    compile: bool = _option(False, "torch.compile the transformer blocks", bool)
-    dtype: str = _option(
+    layers: int = option(4, f"layers of each expert of {RANDOM_A14B}; the real model has 40", int)
+    lora: str | None = option(None, "LoRA weights for the first (or only, or high-noise) expert")
+    lora_2: str | None = option(None, "LoRA weights for the second (low-noise) expert")
+    prompt: str = option("a cat walks on the grass", "what to show")
+    prompt_file: str | None = option(None, "one prompt a line, one video each; instead of --prompt")
+    negative_prompt: str = option("", "what to keep away from")
+    image: str | None = option(None, "first frame, for image-to-video; a tiny or random model draws one if not given")
+    height: int | None = option(None, "pixels", int)
+    width: int | None = option(None, "pixels", int)
+    num_frames: int | None = option(None, "frames of the video, 4n + 1", int)
+    fps: int | None = option(None, "frames a second of the video", int)
+    num_inference_steps: int | None = option(None, "denoising steps", int)
+    seed: int = option(0, "the same on every rank", int)
+    guidance_scale: float | None = option(None, "classifier-free guidance; 1 switches it off", float)
+    guidance_scale_2: float | None = option(None, "guidance of the second expert", float)
+    flow_shift: float | None = option(None, "shift of the noise schedule", float)
+    output: str | None = option(None, "video, .mp4 (default: outputs/<model>_u<U>_r<R>_<topk>_<seed>.mp4)")
+    output_latents: str | None = option(None, "final latents too, .pt")
+    output_frames: str | None = option(None, "frames too, as they are before the video codec, .pt")
+    report: str | None = option(None, "what ran, .json (default: beside the video)")
+    ulysses_degree: int = option(1, "ranks that split the heads", int)
+    ring_degree: int = option(1, "ranks that pass keys and values around", int)
+    cfg_parallel_degree: int = option(1, "2 runs the two guidance branches on two halves of the ranks", int)
+    compile: bool = option(False, "torch.compile the transformer blocks", bool)
+    dtype: str = option(
         "auto",
         "of the transformers; auto is float32 for tiny models and on CPUs, else bfloat16",
         choices=("auto", "float32", "bfloat16", "float16"),
     )
-    device: str = _option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
-    timeout_s: float = _option(900.0, "seconds that a rank waits for the others before it gives up", float)
-    verify: str = _option(
+    device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    timeout_s: float = option(900.0, "seconds that a rank waits for the others before it gives up", float)
+    verify: str = option(
         "none",
         "generate again from the same seed and compare: single (sparse, each rank alone), dense (the model's own "
         "attention, each rank alone)",
         choices=("none", "single", "dense"),
     )
-    verify_tolerance: float | None = _option(
+    verify_tolerance: float | None = option(
         None, "exit with 1 if the relative RMS difference of the latents exceeds this", float
     )
-    repeat: int = _option(1, "denoise each video so many times, to measure", int)
-    debug: bool = _option(False, "show the traceback of an error", bool)
+    repeat: int = option(1, "denoise each video so many times, to measure", int)
+    debug: bool = option(False, "show the traceback of an error", bool)
     sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
 
     def __post_init__(self) -> None:
@@ -92,13 +87,13 @@ class GenerateArguments:
         ):
             value = getattr(self, name)
             if value is not None and Path(value).suffix != suffix:
-                raise ValueError(f"{_flag(name)} {value} must end in {suffix}")
+                raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
 
     def _check_numbers(self) -> None:
-        for option in _own_options():
-            value = getattr(self, option.name)
-            if option.metadata["parse"] is int and option.name != "seed" and value is not None and value < 1:
-                raise ValueError(f"{_flag(option.name)} {value} is below 1; give 1 or more")
+        for entry in options_of(type(self)):
+            value = getattr(self, entry.name)
+            if entry.metadata["parse"] is int and entry.name != "seed" and value is not None and value < 1:
+                raise ValueError(f"{flag_of(entry.name)} {value} is below 1; give 1 or more")
         if self.timeout_s <= 0:
             raise ValueError(f"--timeout-s {self.timeout_s} is not above 0; give the seconds to wait for other ranks")
         if self.cfg_parallel_degree > 2:
@@ -163,95 +158,23 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
         ValueError: an unknown flag or key, or a value that is refused.
         OSError: a configuration file that cannot be read.
     """
-    parser = _Parser(prog="generate", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML or JSON file with the same names as the flags, which override it")
-    for option in _own_options():
-        _add_flag(parser, option)
-    SparseAttentionConfig.add_flags(parser)
-    given = _one_prompt(vars(parser.parse_args(argv)))
-    if given["config"] is not None:
-        values = _one_prompt(vars(parser.parse_args(_config_flags(Path(given["config"])))))
-        if "prompt" in given or "prompt_file" in given:
-            values = {name: value for name, value in values.items() if name not in ("prompt", "prompt_file")}
-        given = values | given
+    given, configured = parse(make_parser(GenerateArguments, "generate", __doc__), GenerateArguments, argv)
+    given, configured = _one_prompt(given), _one_prompt(configured)
+    if "prompt" in given or "prompt_file" in given:
+        configured = {name: value for name, value in configured.items() if name not in ("prompt", "prompt_file")}
+    given = configured | given
+    own = {o.name: given[o.name] for o in options_of(GenerateArguments) if o.name in given}
+    return GenerateArguments(**own, sparse=sparse_config(given))
+
+
+def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:
+    """What the `--sparse-attn-…` flags say, for the model that is asked for."""
     if given.get("model", "tiny") in TINY_MODELS:
-        given.setdefault("sparse_attn_block_size", _TINY_BLOCK)
-    own = {o.name: given[o.name] for o in _own_options() if o.name in given}
-    return GenerateArguments(**own, sparse=SparseAttentionConfig.from_flags(argparse.Namespace(**given)))
-
-
-def _own_options() -> list[Field[Any]]:
-    return [option for option in fields(GenerateArguments) if option.name != "sparse"]
+        given = {"sparse_attn_block_size": _TINY_BLOCK, **given}
+    return SparseAttentionConfig.from_flags(argparse.Namespace(**given))
 
 
 def _one_prompt(given: dict[str, Any]) -> dict[str, Any]:
     if "prompt" in given and "prompt_file" in given:
         raise ValueError("--prompt and --prompt-file are both given; use one")
     return given
-
-
-class _Parser(argparse.ArgumentParser):
-    """Takes `_` for `-` in flags, and raises instead of printing its usage once a rank."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args([_dashes(a) for a in (sys.argv[1:] if args is None else args)], namespace)
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}; --help lists the flags")
-
-
-def _dashes(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
-
-
-def _add_flag(parser: argparse.ArgumentParser, option: Field[Any]) -> None:
-    text, default = option.metadata["help"], option.default
-    kind: dict[str, Any] = {"type": option.metadata["parse"], "choices": option.metadata["choices"] or None}
-    if option.metadata["parse"] is bool:
-        kind = {"action": "store_true"}
-    elif default not in (None, ""):
-        text = f"{text} (default: {default})"
-    parser.add_argument(_flag(option.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
-
-
-def _config_flags(path: Path) -> list[str]:
-    """The file as flags, so that the same rules read both."""
-    values = {str(key).replace("-", "_"): value for key, value in _read_mapping(path).items()}
-    switches = {option.name for option in _own_options() if option.metadata["parse"] is bool}
-    known = {option.name for option in _own_options()}
-    known |= {f"sparse_attn_{option.name}" for option in fields(SparseAttentionConfig)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
-    flags = []
-    for name, value in values.items():
-        if name in switches and not isinstance(value, bool):
-            raise ValueError(f"{path}: {name} is {value!r}; write true or false")
-        if name in switches and value:
-            flags.append(_flag(name))
-        elif name not in switches and value is not None:
-            flags.append(f"{_flag(name)}={json.dumps(value) if isinstance(value, list) else value}")
-    return flags
-
-
-def _read_mapping(path: Path) -> dict[Any, Any]:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        values = json.loads(text)
-    else:
-        import yaml
-
-        try:
-            values = yaml.safe_load(text) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}; write one `flag: value` a line")
-    return values

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import fields
-from datetime import timedelta
 from typing import Any
 
 from launch.arguments import GenerateArguments
+from launch.attach import attach, build_mesh, check_ranks, prepare_transformers
 from launch.files import check_writable
 from launch.maker import Video, VideoMaker
-from launch.models import WanModel, fill_defaults, find_model, load_pipeline, transformers_of
+from launch.models import WanModel, check_image, fill_defaults, find_model, load_pipeline
 from launch.ranks import Ranks
 from launch.report import attention_report, job_report, write_report
 from launch.stages import Stages
@@ -19,7 +20,6 @@ from launch.verify import difference
 from launch.video import encode_prompts, first_frame
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
-from sp_sparse.kernels.registry import load_kernel
 
 
 def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
@@ -40,12 +40,14 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
     with stages.measure("encode"):
         prompts = encode_prompts(pipe, arguments, ranks.device)
     maker = VideoMaker(pipe, arguments, ranks, first_frame(arguments) if model.takes_image else None)
-    mesh, handle = ranks.together(lambda: _attach(pipe, arguments, recorder))
+    mesh, handle = ranks.together(lambda: _prepare(pipe, arguments, recorder))
 
     videos, told = [], []
     for number, prompt in enumerate(prompts):
+        before = Counter(stages.seconds)
         videos.append(maker.make(prompt, stages, arguments.repeat))
         told.append(maker.save(videos[-1], number, stages))
+        told[-1]["seconds"] = dict(Counter(stages.seconds) - before)
     attention = attention_report(arguments.sparse, recorder, mesh)
     if attention is not None:
         calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
@@ -61,53 +63,22 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
 
 def _check(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
     """Refuse what can be refused before weights are read."""
-    shape = f"ulysses {arguments.ulysses_degree} x ring {arguments.ring_degree} x cfg {arguments.cfg_parallel_degree}"
-    if arguments.ranks_wanted != ranks.world:
-        raise ValueError(
-            f"{shape} = {arguments.ranks_wanted} ranks are asked for, but {ranks.world} run; start "
-            f"`torchrun --nproc-per-node {arguments.ranks_wanted}`, or choose degrees whose product is {ranks.world}"
-        )
-    if arguments.sparse.backend == "none" and ranks.world > 1 and ranks.device.type == "cpu":
-        raise ValueError(
-            f"--sparse-attn-backend none on {ranks.world} ranks uses diffusers' own parallelism, which needs GPUs; for "
-            "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
-        )
-    if arguments.sparse.backend not in ("none", "auto"):
-        load_kernel(arguments.sparse.backend)
+    check_ranks(arguments, ranks)
     model = find_model(arguments, ranks.device)
+    check_image(arguments, model)
     if ranks.first:
         for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
             check_writable(path)
     return model
 
 
-def _attach(
+def _prepare(
     pipe: Any, arguments: GenerateArguments, recorder: AttentionRecorder
 ) -> tuple[SequenceParallelMesh, SparseWan]:
-    mesh = SequenceParallelMesh(
-        arguments.ulysses_degree,
-        arguments.ring_degree,
-        arguments.cfg_parallel_degree,
-        timeout=timedelta(seconds=arguments.timeout_s),
-    )
-    handle = enable_sparse_attention(pipe, arguments.sparse, mesh, recorder)
-    for layer in handle.layers:
-        layer.kernel_for(pipe.transformer.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)
-    for transformer in transformers_of(pipe):
-        if arguments.sparse.backend == "none" and mesh.sequence_degree > 1:
-            _enable_diffusers_parallelism(transformer, mesh)
-        if arguments.compile:
-            transformer.compile_repeated_blocks()
+    mesh = build_mesh(arguments)
+    handle = attach(pipe, arguments.sparse, mesh, recorder)
+    prepare_transformers(pipe, arguments, mesh)
     return mesh, handle
-
-
-def _enable_diffusers_parallelism(transformer: Any, mesh: SequenceParallelMesh) -> None:
-    from diffusers import ContextParallelConfig
-
-    if mesh.ring_degree > 1:
-        transformer.set_attention_backend("_native_cudnn")  # the default one returns no LSE, which its ring needs
-    config = ContextParallelConfig(ulysses_degree=mesh.ulysses_degree, ring_degree=mesh.ring_degree)
-    transformer.enable_parallelism(config=config)
 
 
 def _verify(maker: VideoMaker, videos: list[Video]) -> dict[str, Any] | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from launch.arguments import GenerateArguments
 from launch.files import numbered, whole_file
@@ -54,8 +55,11 @@ class VideoMaker:
             seconds.append(tuple(clock.seconds))
         frames = None
         if self.ranks.first:
-            with stages.measure("decode"):
-                frames = decode(self.pipe, latents)
+            with (
+                stages.measure("decode"),
+                tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar,
+            ):
+                frames = decode(self.pipe, latents, bar.update)
         return Video(prompt, latents.cpu(), frames, tuple(seconds))
 
     def save(self, video: Video, number: int, stages: Stages) -> dict[str, Any]:

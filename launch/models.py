@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ class WanModel:
     Attributes:
         defaults: sizes and settings for what the arguments leave open.
         takes_image: whether the video starts from an image.
+        may_take_image: whether it could, from the same weights.
         draws_image: whether an image may be drawn where none is given.
         dtype: of the transformers, where the arguments leave it open.
         load: (device, dtype) -> the diffusers pipeline.
@@ -47,6 +49,7 @@ class WanModel:
 
     defaults: VideoDefaults
     takes_image: bool
+    may_take_image: bool
     draws_image: bool
     dtype: torch.dtype
     load: Callable[[torch.device, torch.dtype], Any]
@@ -56,21 +59,28 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
     """What `--model` names, without reading its weights.
 
     Raises:
-        ValueError: nothing of that name, or nothing of the Wan family; or an image too many or too few.
+        ValueError: nothing of that name, or nothing of the Wan family.
     """
     if arguments.model in TINY_MODELS:
-        model = _tiny(arguments)
-    elif arguments.model == RANDOM_A14B:
-        model = WanModel(_A14B, False, False, _large_dtype(device), lambda d, t: random_a14b(arguments.layers, d, t))
-    else:
-        model = _pretrained(arguments, device)
+        return _tiny(arguments)
+    if arguments.model == RANDOM_A14B:
+        load = partial(random_a14b, arguments.layers)
+        return WanModel(_A14B, False, False, False, _large_dtype(device), load)
+    return _pretrained(arguments, device)
+
+
+def check_image(arguments: GenerateArguments, model: WanModel) -> None:
+    """Refuse an image too many or too few.
+
+    Raises:
+        ValueError: with what the model takes.
+    """
     if arguments.image is not None and not model.takes_image:
         raise ValueError(f"--image is given, but {arguments.model} makes videos from text alone; leave --image out")
     if arguments.image is None and model.takes_image and not model.draws_image:
         raise ValueError(f"{arguments.model} makes videos from an image; give its first frame with --image")
     if arguments.image is not None and not Path(arguments.image).is_file():
         raise ValueError(f"--image {arguments.image} is not a file")
-    return model
 
 
 def fill_defaults(arguments: GenerateArguments, model: WanModel) -> GenerateArguments:
@@ -89,10 +99,14 @@ def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.d
         if getattr(pipe, name, None) is None:
             raise ValueError(f"--lora-2 {path} is for a second expert, which {arguments.model} has not; use --lora")
         pipe.load_lora_weights(path, load_into_transformer_2=name == "transformer_2")
-    if arguments.flow_shift is not None:
-        name = "flow_shift" if "flow_shift" in pipe.scheduler.config else "shift"
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **{name: arguments.flow_shift})
+    pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe
+
+
+def fresh_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
+    """A scheduler of the same configuration that has seen no step, with the shift if one is given."""
+    shift = {} if flow_shift is None else {"flow_shift" if "flow_shift" in scheduler.config else "shift": flow_shift}
+    return type(scheduler).from_config(scheduler.config, **shift)
 
 
 def transformers_of(pipe: Any) -> list[Any]:
@@ -115,7 +129,8 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
     defaults = _TINY
     if arguments.model == "tiny-ti2v":
         defaults = replace(_TINY, height=192, width=192)  # its VAE shrinks by 16: 6 x 6 x 5 = 180 tokens
-    return WanModel(defaults, from_image, True, torch.float32, lambda device, dtype: build[arguments.model](dtype))
+    may = from_image or arguments.model == "tiny-ti2v"
+    return WanModel(defaults, from_image, may, True, torch.float32, lambda device, dtype: build[arguments.model](dtype))
 
 
 def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
@@ -139,7 +154,8 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
         dtypes = {"default": dtype, "vae": torch.float32}
         return pipeline.from_pretrained(arguments.model, dtype=dtypes, device_map=device.type)
 
-    return WanModel(_TI2V if per_token else _A14B, from_image, False, _large_dtype(device), load)
+    defaults = _TI2V if per_token else _A14B
+    return WanModel(defaults, from_image, from_image or per_token, False, _large_dtype(device), load)
 
 
 def _pipeline_index(model: str) -> dict[str, Any]:

@@ -14,6 +14,9 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+from sp_sparse.parallel.lost import is_lost_rank
 
 T = TypeVar("T")
 
@@ -107,8 +110,11 @@ def rank_from_environment() -> int:
 
 
 @contextmanager
-def start_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
+def start_ranks(device: str, timeout_s: float, on_stop: Callable[[], None] | None = None) -> Iterator[Ranks]:
     """Join the ranks that torchrun started; without torchrun this process is the only one.
+
+    `on_stop` is called, from a thread of its own, when the process is told to stop by SIGTERM or SIGINT; without it
+    SIGTERM ends a process among several at once.
 
     A process group that is there already is used and kept. After an error the group is left as it is: end the process
     with `leave`.
@@ -119,18 +125,35 @@ def start_ranks(device: str, timeout_s: float) -> Iterator[Ranks]:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     rank = rank_from_environment()
     place = _device(device)
+    if on_stop is not None:
+        _call_when_stopped((signal.SIGTERM, signal.SIGINT), on_stop)
     if world == 1 or dist.is_initialized():
         yield Ranks(rank, world, place)
         return
-    _speak_when_stopped(rank)
+    if on_stop is None:
+        _call_when_stopped((signal.SIGTERM,), lambda: _speak_and_end(rank))
+    timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
         "nccl" if place.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout_s),
+        store=_meeting_place(timeout),
+        rank=rank,
+        world_size=world,
+        timeout=timeout,
         device_id=place if place.type == "cuda" else None,
     )
     yield Ranks(rank, world, place)
     dist.barrier()  # a rank that leaves early breaks those still talking to it
     dist.destroy_process_group()
+
+
+def _meeting_place(timeout: timedelta) -> dist.Store:
+    """The store of torchrun, where ranks leave their addresses for one another.
+
+    torchrun keeps it when it starts the ranks anew, with the addresses of those that are gone: each start has its own part.
+    """
+    store, _, _ = next(rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
+    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def leave(status: int) -> NoReturn:
@@ -140,12 +163,6 @@ def leave(status: int) -> NoReturn:
     if status:
         os._exit(status)
     sys.exit()
-
-
-def is_lost_rank(error: BaseException) -> bool:
-    """Whether a collective failed because another rank stopped or did not answer."""
-    # gloo raises plain RuntimeErrors, recognisable by their source file alone.
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 def _device(choice: str) -> torch.device:
@@ -162,22 +179,28 @@ def _device(choice: str) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def _speak_when_stopped(rank: int) -> None:
-    """Say why before ending on SIGTERM, by which torchrun stops the ranks that outlive one that failed.
+def _call_when_stopped(signals: tuple[signal.Signals, ...], action: Callable[[], None]) -> None:
+    """Call `action` whenever one of the signals comes, though the main thread may sit in a collective for ever.
 
-    A Python signal handler would wait for the main thread, which may sit in a collective for ever; the wake-up file
-    descriptor is written at once, and a thread reads it.
+    A Python signal handler would wait for the main thread; the wake-up file descriptor is written at once, and a thread
+    reads it.
     """
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for number in signals:
+        signal.signal(number, lambda *_: None)
 
     def wait() -> None:
-        while signal.SIGTERM not in os.read(reader, 16):
-            pass
-        text = "a rank stopped, or the job was cancelled (SIGTERM); see the first error of the other ranks"
-        print(f"rank {rank}: error: {text}", file=sys.stderr, flush=True)
-        os._exit(1)
+        while True:
+            if set(signals) & set(os.read(reader, 16)):
+                action()
 
     threading.Thread(target=wait, name="stop-signal", daemon=True).start()
+
+
+def _speak_and_end(rank: int) -> None:
+    """Say why before ending on SIGTERM, by which torchrun stops the ranks that outlive one that failed."""
+    text = "a rank stopped, or the job was cancelled (SIGTERM); see the first error of the other ranks"
+    print(f"rank {rank}: error: {text}", file=sys.stderr, flush=True)
+    os._exit(1)

@@ -31,7 +31,7 @@ class Stages:
         synchronize(device)
         seconds = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._peaks[name] = max(self._peaks.get(name, 0), _peak_bytes(device))
+        self._peaks[name] = max(self._peaks.get(name, 0), peak_bytes(device))
         self._ranks.say(f"{name}: {seconds:.2f} s")
 
     def peak_memory(self) -> dict[str, Any]:
@@ -62,7 +62,8 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_bytes(device: torch.device) -> int:
+def peak_bytes(device: torch.device) -> int:
+    """Most bytes since the peak was last reset; on CPUs, of the process since its start."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -4,5 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-prepare_environment diffusers,dev
+prepare_environment diffusers,serve,dev
 .venv/bin/python -m pytest -n 2 "$@"

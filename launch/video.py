@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from launch.arguments import GenerateArguments
 from launch.files import whole_file
@@ -29,18 +29,21 @@ class EncodedPrompt:
 
 def encode_prompts(pipe: Any, arguments: GenerateArguments, device: torch.device) -> list[EncodedPrompt]:
     """Encode all prompts, then drop the text encoder: its memory is worth more to attention."""
-    guided = arguments.guidance_scale is None or arguments.guidance_scale > 1
-    if pipe.text_encoder is None:
-        return [_random_prompt(pipe, text, guided, device) for text in arguments.prompts]
-    encoded = []
-    with torch.no_grad():
-        for text in arguments.prompts:
-            embeds, negative = pipe.encode_prompt(
-                text, arguments.negative_prompt, guided, max_sequence_length=_TEXT_LENGTH, device=device
-            )
-            encoded.append(EncodedPrompt(text, embeds, negative))
+    encoded = [encode_prompt(pipe, arguments, text, device) for text in arguments.prompts]
     pipe.text_encoder = None
     return encoded
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, arguments: GenerateArguments, text: str, device: torch.device) -> EncodedPrompt:
+    """Encode one prompt; a model without a text encoder gets random numbers."""
+    guided = arguments.guidance_scale is None or arguments.guidance_scale > 1
+    if pipe.text_encoder is None:
+        return _random_prompt(pipe, text, guided, device)
+    embeds, negative = pipe.encode_prompt(
+        text, arguments.negative_prompt, guided, max_sequence_length=_TEXT_LENGTH, device=device
+    )
+    return EncodedPrompt(text, embeds, negative)
 
 
 def denoise(
@@ -69,24 +72,23 @@ def denoise(
 
 
 @torch.no_grad()
-def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Frames `[T, H, W, 3]` in [0, 1] on the CPU, with a progress bar: call it on one rank."""
+def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
+    """Frames `[T, H, W, 3]` in [0, 1] on the CPU; `on_frame` is called after each latent frame."""
     vae = pipe.vae
     mean, std = (
         torch.tensor(numbers, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
         for numbers in (vae.config.latents_mean, vae.config.latents_std)
     )
+
+    def advance(*_: Any) -> None:  # what a hook returns would replace the output
+        on_frame()
+
     # The VAE decodes one latent frame after the other.
-    with tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar:
-
-        def advance(*_: Any) -> None:  # what a hook returns would replace the output
-            bar.update()
-
-        hook = vae.decoder.register_forward_hook(advance)
-        try:
-            pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
-        finally:
-            hook.remove()
+    hook = vae.decoder.register_forward_hook(advance)
+    try:
+        pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
+    finally:
+        hook.remove()
     frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")[0]
     return frames.permute(0, 2, 3, 1).float().cpu()
 

@@ -53,6 +53,11 @@ class AttentionRecorder:
             batch, heads, _ = mask.counts.shape
             self._possible[place] += batch * heads * mask.query_length * mask.key_length
 
+    def clear(self) -> None:
+        """Forget everything, as for another video."""
+        for collected in (self.masks, self._calls, self._dense, self._attended, self._possible):
+            collected.clear()
+
     def summary(self, mesh: SequenceParallelMesh) -> dict[str, Any]:
         """Calls by kernel on this rank, and the density of each expert, layer and step over all ranks.
 

@@ -32,7 +32,8 @@ TIME_LIMIT_S = 180
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` in `sp_sparse/<file>`; `tests` are names of test files without `test_` and `.py`."""
+    """`old` becomes `new` in `sp_sparse/<file>`; `tests` are names of test files without `test_` and `.py`, such as
+    `ring` or `serving/api`."""
 
     what: str
     file: str
@@ -427,6 +428,134 @@ MUTATIONS = (
     Mutation(
         "second expert's topk ignored", "config.py", "topk if self.topk_2 is None else self.topk_2", "topk", "config"
     ),
+    # Serving
+    Mutation(
+        "a step is no exchange",
+        "serving/runner.py",
+        "            self._agree(observer.command())\n\n        encoded",
+        "\n        encoded",
+        "serving/ranks",
+    ),
+    Mutation(
+        "a failure is kept to oneself",
+        "serving/runner.py",
+        "                self._control.exchange(FAILED)\n        else:",
+        "                pass\n        else:",
+        "serving/ranks",
+    ),
+    Mutation(
+        "a rank that failed does not say why",
+        "serving/runner.py",
+        "self._control.gather(error) if",
+        "[error] if",
+        "serving/ranks",
+    ),
+    Mutation(
+        "nothing is cleaned up after a failed job",
+        "serving/runner.py",
+        "                self._backend.recover()\n",
+        "                pass\n",
+        "serving/ranks",
+    ),
+    Mutation(
+        "cancelling is not heard",
+        "serving/runner.py",
+        "codes[0] in (CANCEL, INTERRUPT)",
+        "codes[0] == INTERRUPT",
+        "serving/ranks",
+    ),
+    Mutation(
+        "the watchdog does not bite",
+        "serving/watchdog.py",
+        "if late is not None:",
+        "if False:",
+        "serving/watchdog",
+    ),
+    Mutation(
+        "a beat does not count",
+        "serving/watchdog.py",
+        "self._limits[-1].ends = monotonic() + self._limits[-1].seconds",
+        "pass",
+        "serving/watchdog",
+    ),
+    Mutation(
+        "interrupted jobs are forgotten",
+        "serving/store.py",
+        'db.execute("UPDATE jobs SET status = ?, started_at = NULL WHERE id = ?", (QUEUED, job.id))',
+        "pass",
+        "serving/store",
+    ),
+    Mutation(
+        "half-written files stay",
+        "serving/store.py",
+        "if path.name not in known:",
+        "if False:",
+        "serving/store",
+    ),
+    Mutation(
+        "files go before their rows",
+        "serving/store.py",
+        "        self._unneeded.append(self.video_path(job_id))",
+        "        self.video_path(job_id).unlink(missing_ok=True)",
+        "serving/store",
+    ),
+    Mutation("the queue has no end", "serving/store.py", ">= max_queue", ">= 10**9", "serving/store serving/api"),
+    Mutation("any key will do", "serving/guard.py", "and not self._has_key(headers)", "and False", "serving/api"),
+    Mutation(
+        "any name will do", "serving/guard.py", 'if name in ("localhost", self._host):', "if name:", "serving/api"
+    ),
+    Mutation(
+        "bodies of any size",
+        "serving/guard.py",
+        "if received > self._limits.body_bytes:",
+        "if False:",
+        "serving/api",
+    ),
+    Mutation(
+        "clients may take for ever to send",
+        "serving/guard.py",
+        "asyncio.wait_for(receive(), self._limits.body_s)",
+        "asyncio.wait_for(receive(), None)",
+        "serving/api",
+    ),
+    Mutation(
+        "clients may take for ever to read",
+        "serving/guard.py",
+        "asyncio.wait_for(sending, self._limits.body_s)",
+        "asyncio.wait_for(sending, None)",
+        "serving/api",
+    ),
+    Mutation(
+        "every address is public", "serving/fetch.py", "return ip.is_global and", "return True or", "serving/images"
+    ),
+    Mutation(
+        "IPv4 within IPv6 is not looked at",
+        "serving/fetch.py",
+        "if inner is not None:",
+        "if False:",
+        "serving/images",
+    ),
+    Mutation(
+        "the name is connected to, not the address",
+        "serving/fetch.py",
+        "httpx.URL(url).copy_with(host=address)",
+        "httpx.URL(url)",
+        "serving/images",
+    ),
+    Mutation(
+        "images of any size",
+        "serving/images.py",
+        "if width * height > limits.image_pixels:",
+        "if False:",
+        "serving/api",
+    ),
+    Mutation(
+        "any image format",
+        "serving/images.py",
+        "formats=_FORMATS",
+        "formats=None",
+        "serving/images",
+    ),
 )
 
 
@@ -442,8 +571,14 @@ def run(mutation: Mutation) -> str:
         if text.count(mutation.old) != 1:
             return "stale"
         source.write_text(text.replace(mutation.old, mutation.new))
-        tests = [f"tests/test_{name}.py" for name in mutation.tests.split()]
+        tests = [test_file(name) for name in mutation.tests.split()]
         return "SURVIVED" if passes(tree, tests) else "killed"
+
+
+def test_file(name: str) -> str:
+    """`serving/api` is tests/serving/test_api.py."""
+    folder, _, file = name.rpartition("/")
+    return str(Path("tests", folder, f"test_{file}.py"))
 
 
 def passes(tree: Path, tests: list[str]) -> bool:
@@ -491,7 +626,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="mutations tested at a time (default: 2)")
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if options.only in m.what or options.only in m.file]
-    whole = sorted({f"tests/test_{name}.py" for m in chosen for name in m.tests.split()})
+    whole = sorted({test_file(name) for m in chosen for name in m.tests.split()})
     if not passes(ROOT, whole):
         print("the tests fail without any mutation")
         return 1

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from launch.arguments import GenerateArguments
+from launch.flags import flag_of, options_of
+from launch.serving.arguments import ServeArguments
 from sp_sparse import SparseAttentionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -20,6 +22,26 @@ def test_every_flag_is_described() -> None:
     flags += [f"sparse_attn_{option.name}" for option in fields(SparseAttentionConfig)]
     described = set(re.findall(r"^\| `--([a-z0-9-]+)`", (ROOT / "docs/flags.md").read_text(), re.MULTILINE))
     assert described == {name.replace("_", "-") for name in flags}
+
+
+def test_every_flag_of_the_server_is_described() -> None:
+    rows = re.findall(
+        r"^\| `(--[a-z0-9-]+)` \| (.*?) \| (.*?) \|$", (ROOT / "docs/serving.md").read_text(), re.MULTILINE
+    )
+    told = {flag: (default, text) for flag, default, text in rows}
+    assert set(told) == {flag_of(option.name) for option in options_of(ServeArguments)}
+    for option in options_of(ServeArguments):
+        default, text = told[flag_of(option.name)]
+        assert default == ("–" if option.default is None else "off" if option.default is False else str(option.default))
+        assert text.startswith(option.metadata["help"])
+
+
+def test_every_field_of_a_request_is_described() -> None:
+    from sp_sparse.serving.requests import VideoRequest
+
+    text = (ROOT / "docs/serving.md").read_text()
+    table = text[text.index("### Fields of a request") : text.index("### Fields of a job")]
+    assert set(VideoRequest.model_fields) <= set(re.findall(r"`([a-z0-9_]+)`", table))
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,0 +1,44 @@
+"""What a command tells its user: errors on one line, the rest on rank 0 only."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+
+from launch.ranks import is_lost_rank, rank_from_environment
+
+
+def tell(text: str) -> None:
+    """An error, on one line."""
+    rank = rank_from_environment()
+    prefix = f"rank {rank}: " if rank else ""
+    print(f"{prefix}error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def report_error(error: Exception, timeout_s: float, debug: bool) -> int:
+    """Tell an error; returns the exit status, 1 for a rank that was lost and 2 for an error of the user's."""
+    if debug:
+        traceback.print_exception(error)
+    if is_lost_rank(error):
+        tell(
+            f"a rank stopped or did not answer within {timeout_s:g} s; see the first error of the other ranks, "
+            f"or give --timeout-s more ({str(error).splitlines()[0]})"
+        )
+        return 1
+    tell(str(error))
+    return 2
+
+
+def be_quiet(first: bool) -> None:
+    """Leave progress, logs and warnings to rank 0."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    if first:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("sp_sparse").setLevel(logging.INFO)  # which kernel `auto` chose
+    else:
+        warnings.simplefilter("ignore")
+        os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"

@@ -1,0 +1,236 @@
+"""The server with the tiny model on gloo ranks, over real HTTP."""
+
+from __future__ import annotations
+
+import base64
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from launch.application import main as generate
+from tests.ranks import run_ranks
+from tests.serving.server import SPARSE, RankServer, wait_for
+
+LONG = {"num_inference_steps": 5000}
+CONSTANT = ["--sparse-attn-schedule", "constant"]
+LIMITS = ["--max-steps", "5000"]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
+    with RankServer(tmp_path_factory.mktemp("server"), 2, "--ulysses-degree", "2", *LIMITS) as started:
+        yield started
+
+
+def _frames(video: bytes, folder: Path) -> bytes:
+    """The decoded pixels of an mp4."""
+    import imageio_ffmpeg
+
+    path = folder / "frames.mp4"
+    path.write_bytes(video)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "rawvideo", "-"]
+    return subprocess.run(command, capture_output=True, check=True).stdout
+
+
+def _generated(folder: Path, world: int, *flags: str) -> bytes:
+    """The pixels that `generate` makes on so many ranks."""
+    run_ranks(world, _rank_generates, [*flags, "--prompt", "a fox", "--output", str(folder / "video.mp4")])
+    return _frames((folder / "video.mp4").read_bytes(), folder)
+
+
+def _rank_generates(rank: int, flags: list[str]) -> None:
+    assert generate(flags) == 0
+
+
+def test_the_life_of_a_job(server: RankServer) -> None:
+    job = server.create(prompt="a cat", seed=7, num_inference_steps=30)
+    assert job["status"] == "queued"
+    assert (job["phase"], job["progress"]) == ("queued", 0)
+    seen = []
+
+    def ended() -> bool:
+        seen.append(server.get(job["id"]))
+        return seen[-1]["status"] not in ("queued", "in_progress")
+
+    wait_for(ended)
+    done = seen[-1]
+    assert done["status"] == "completed"
+    assert (done["progress"], done["step"], done["steps"], done["phase"]) == (100, 30, 30, None)
+    percents = [told["progress"] for told in seen]
+    assert percents == sorted(percents)
+    assert len({told["step"] for told in seen}) > 2  # progress that moves
+    running = [told for told in seen if told["phase"] == "denoise" and told["step"] > 1]
+    assert all(told["seconds_per_step"] > 0 and told["eta_s"] >= 0 for told in running)
+    assert set(done["stage_durations"]) == {"encode", "denoise", "decode", "save"}
+    assert 0.3 < done["density"] < 1
+    assert done["kernel_calls"]["reference"] > 0
+    assert done["peak_memory_mb"] > 1
+    video = server.content(done["id"])
+    assert video[4:8] == b"ftyp"
+    part = server.http.get(f"/v1/videos/{done['id']}/content", headers={"Range": "bytes=4-7"})
+    assert (part.status_code, part.content) == (206, b"ftyp")
+    assert done["id"] in [told["id"] for told in server.http.get("/v1/videos").json()["data"]]
+    assert server.http.delete(f"/v1/videos/{done['id']}").json() == {
+        "id": done["id"],
+        "object": "video.deleted",
+        "deleted": True,
+    }
+    assert server.http.get(f"/v1/videos/{done['id']}").status_code == 404
+
+
+def test_the_same_video_as_generate(server: RankServer, tmp_path: Path) -> None:
+    """Also after jobs with other settings, which must leave nothing behind."""
+    asked: list[tuple[dict[str, Any], list[str]]] = [
+        ({"seed": 3}, ["--seed", "3", *SPARSE]),
+        (
+            {"seed": 3, "sparse_attn_topk": 0.1, "sparse_attn_schedule": "constant", "flow_shift": 5.0},
+            ["--seed", "3", *SPARSE, "--sparse-attn-topk", "0.1", *CONSTANT, "--flow-shift", "5"],
+        ),
+        (
+            {"seed": 3, "sparse_attn_backend": "none"},
+            ["--seed", "3", "--sparse-attn-backend", "auto", "--sparse-attn-topk", "1"],
+        ),
+        (
+            {"seed": 4, "size": "160x96", "num_frames": 9, "guidance_scale": 1, "negative_prompt": "grey"},
+            ["--seed", "4", *SPARSE, "--width", "160", "--height", "96", "--num-frames", "9", "--guidance-scale", "1"],
+        ),
+        ({"seed": 3}, ["--seed", "3", *SPARSE]),
+    ]
+    videos = []
+    for fields, flags in asked:
+        job = server.completed(prompt="a fox", **fields)
+        videos.append(server.content(job["id"]))
+        assert _frames(videos[-1], tmp_path) == _generated(tmp_path, 2, "--ulysses-degree", "2", *flags)
+        assert (job["density"] == 1) == ("sparse_attn_backend" in fields)
+    assert _frames(videos[0], tmp_path) == _frames(videos[-1], tmp_path)
+    assert len({_frames(video, tmp_path) for video in videos}) == 4
+
+
+def test_a_job_that_runs_is_cancelled_at_its_next_step(server: RankServer) -> None:
+    job = server.create(**LONG)["id"]
+    waiting = server.create()["id"]
+    wait_for(lambda: server.get(job)["step"] > 2)
+    assert server.http.delete(f"/v1/videos/{job}").json()["deleted"]
+    assert server.http.delete(f"/v1/videos/{job}").status_code in (404, 409)
+    wait_for(lambda: server.http.get(f"/v1/videos/{job}").status_code == 404)
+    assert server.ended(waiting)["status"] == "completed"
+
+
+def test_a_queued_job_is_deleted_at_once(server: RankServer) -> None:
+    running, waiting = server.create(**LONG)["id"], server.create()["id"]
+    assert server.get(waiting)["jobs_ahead"] == 1
+    assert server.http.delete(f"/v1/videos/{waiting}").status_code == 200
+    assert server.http.get(f"/v1/videos/{waiting}").status_code == 404
+    server.http.delete(f"/v1/videos/{running}")
+    assert server.completed()["id"]
+
+
+def test_what_ranks_would_refuse_is_refused_before_they_see_it(server: RankServer) -> None:
+    for fields, text in (
+        ({"size": "130x128"}, "multiples of 16; use 128x128"),
+        ({"num_frames": 16}, "not 4n + 1; use 17"),
+        ({"seed": -1}, "seed"),
+        ({"sparse_attn_topk": 0}, "sparse_attn_topk"),
+        ({"sparse_attn_backend": "nonesuch"}, "is not this server's"),
+        ({"sparse_attn_schedule": "table"}, "sparse_attn_schedule"),
+        ({"size": "4096x4096"}, "limit"),
+    ):
+        answer = server.http.post("/v1/videos", json={"prompt": "a cat", **fields})
+        assert answer.status_code == 400
+        assert text in answer.json()["error"]["message"]
+    assert server.completed()["id"]
+
+
+def test_four_ranks(tmp_path: Path) -> None:
+    flags = ["--ulysses-degree", "2", "--ring-degree", "2"]
+    with RankServer(tmp_path, 4, *flags, *LIMITS) as server:
+        job = server.completed(prompt="a fox", seed=3)
+        cancelled = server.create(**LONG)["id"]
+        wait_for(lambda: server.get(cancelled)["step"] > 0)
+        server.http.delete(f"/v1/videos/{cancelled}")
+        again = server.completed(prompt="a fox", seed=3)
+        videos = [_frames(server.content(told["id"]), tmp_path) for told in (job, again)]
+        assert server.stop() == [0] * 4
+    assert videos[0] == videos[1] == _generated(tmp_path, 4, *flags, "--seed", "3", *SPARSE)
+
+
+def test_guidance_on_two_halves(tmp_path: Path) -> None:
+    with RankServer(tmp_path, 2, "--cfg-parallel-degree", "2", "--offload-text-encoder") as server:
+        refused = server.http.post("/v1/videos", json={"prompt": "a cat", "guidance_scale": 1})
+        assert "use a scale above 1" in refused.json()["error"]["message"]
+        ours = server.content(server.completed(prompt="a fox", seed=2)["id"])
+    same = _generated(tmp_path, 2, "--cfg-parallel-degree", "2", "--seed", "2", *SPARSE)
+    assert _frames(ours, tmp_path) == same
+
+
+@pytest.mark.parametrize("model", ["tiny-i2v", "tiny-ti2v"])
+def test_from_an_image(tmp_path: Path, model: str) -> None:
+    image = Image.effect_noise((70, 50), 90).convert("RGB")
+    image.save(tmp_path / "first.png")
+    data = (tmp_path / "first.png").read_bytes()
+    url = "data:image/png;base64," + base64.b64encode(data).decode()
+    with RankServer(tmp_path, 1, "--model", model) as server:
+        form = server.http.post(
+            "/v1/videos", data={"prompt": "a fox", "seed": "3"}, files={"input_reference": ("../../x.png", data)}
+        )
+        from_form = server.ended(form.json()["id"])
+        from_json = server.completed(prompt="a fox", seed=3, input_reference={"image_url": url})
+        without = server.completed(prompt="a fox", seed=3)
+        videos = [_frames(server.content(job["id"]), tmp_path) for job in (from_form, from_json, without)]
+    flags = ["--model", model, "--seed", "3", *SPARSE]
+    with_image = _generated(tmp_path, 1, *flags, "--image", str(tmp_path / "first.png"))
+    assert videos[0] == videos[1] == with_image
+    assert videos[2] == _generated(tmp_path, 1, *flags) != with_image
+
+
+def test_sigterm_drains(tmp_path: Path) -> None:
+    with RankServer(tmp_path, 2, "--ring-degree", "2", *LIMITS) as server:
+        running, waiting = server.create(num_inference_steps=40)["id"], server.create()["id"]
+        wait_for(lambda: server.get(running)["step"] > 0)
+        assert server.stop() == [0, 0]
+        assert "drained" in server.log
+        server.start()
+        assert server.get(running)["tries"] == 1
+        assert server.status(running) == "completed"
+        assert server.ended(waiting)["status"] == "completed"
+
+
+def test_a_job_that_drains_too_slowly_runs_again(tmp_path: Path) -> None:
+    with RankServer(tmp_path, 2, "--ring-degree", "2", "--drain-s", "0.5", *LIMITS) as server:
+        running = server.create(num_inference_steps=300, num_frames=5, size="32x32")["id"]
+        wait_for(lambda: server.get(running)["step"] > 0)
+        assert server.stop() == [0, 0]
+        assert "interrupted, to run after the next start" in server.log
+        server.start()
+        assert server.ended(running)["status"] == "completed"
+        assert server.get(running)["tries"] == 1
+
+
+def test_a_killed_server_keeps_its_jobs(tmp_path: Path) -> None:
+    with RankServer(tmp_path, 2, "--ulysses-degree", "2", "--max-tries", "2", *LIMITS) as server:
+        done = server.completed()["id"]
+        video = server.content(done)
+        running, deleted = server.create(**LONG)["id"], server.create()["id"]
+        waiting = server.create()["id"]
+        server.http.delete(f"/v1/videos/{deleted}")
+        for _ in range(2):
+            wait_for(lambda: server.get(running)["step"] > 0)
+            for rank in range(2):
+                server.signal(rank, signal.SIGKILL)
+            server.join()
+            (tmp_path / "data" / "videos" / f".{running}.99.mp4").write_bytes(b"half")
+            server.start()
+        assert server.content(done) == video
+        failed = server.ended(running)
+        assert failed["error"]["code"] == "interrupted"
+        assert "stopped 2 times" in failed["error"]["message"]
+        assert server.ended(waiting)["status"] == "completed"
+        assert server.http.get(f"/v1/videos/{deleted}").status_code == 404
+        assert sorted(p.name for p in (tmp_path / "data" / "videos").iterdir()) == sorted(
+            [f"{done}.mp4", f"{waiting}.mp4"]
+        )
