@@ -207,16 +207,6 @@ def _check_ulysses(rank: int) -> None:
                 assert torch.equal(back, held), (tokens, heads, batch)
 
 
-@given(st.lists(st.integers(3, 60), min_size=1, max_size=5), st.integers(1, 3))
-def test_chunks_hold_every_head_once_and_the_first_is_the_smallest(heads: list[int], chunks: int) -> None:
-    runs = list(zip(*head_ranges(heads, chunks), strict=True))  # of each rank
-    assert [place for run in runs for first, end in run for place in range(first, end)] == list(range(sum(heads)))
-    for run, count in zip(runs, heads, strict=True):
-        sizes = [end - first for first, end in run]
-        assert (len(sizes), sum(sizes)) == (chunks, count)
-        assert 1 <= sizes[0] == min(sizes)
-
-
 def test_ulysses_puts_every_token_and_head_in_its_place() -> None:
     run_ranks(3, _check_ulysses)
 

@@ -185,13 +185,11 @@ class SequenceParallelStrategy:
         ranges = head_ranges(heads, chunks)
         result: Tensor | None = None
         returning = []
-        following = self._start_gather(tensors, metadata, ranges[0], group)
+        arriving = self._start_gather(tensors, metadata, ranges[0], group)
         for chunk in range(chunks):
-            arriving = following
-            if chunk + 1 < chunks:
-                # Packed while this chunk arrives, and on its way while it is attended.
-                following = self._start_gather(tensors, metadata, ranges[chunk + 1], group)
             q, k, v = arriving.finish()
+            if chunk + 1 < chunks:
+                arriving = self._start_gather(tensors, metadata, ranges[chunk + 1], group)
             out = body(q, k, v, gathered)
             if result is None:
                 result = self._empty_out(query, metadata, query.shape[2])

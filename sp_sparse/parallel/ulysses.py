@@ -27,17 +27,9 @@ def head_ranges(heads: Sequence[int], chunks: int = 1) -> tuple[tuple[tuple[int,
     firsts = (0, *accumulate(heads))
     of_rank = []
     for first, count in zip(firsts, heads, strict=False):
-        edges = (0, *accumulate(_chunk_sizes(count, chunks)))
+        edges = (0, *accumulate(split_evenly(count, chunks)))
         of_rank.append([(first + a, first + b) for a, b in zip(edges[:-1], edges[1:], strict=True)])
     return tuple(zip(*of_rank, strict=True))
-
-
-def _chunk_sizes(count: int, chunks: int) -> tuple[int, ...]:
-    """The first is about two thirds of the others: nothing hides its exchange."""
-    if chunks == 1:
-        return (count,)
-    ahead = max(1, 2 * count // (3 * chunks - 1))
-    return (ahead, *split_evenly(count - ahead, chunks - 1))
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +77,12 @@ def start_gather(
     mine = ranges[rank][1] - ranges[rank][0]
     received = [held * mine * unit for held in tokens]
     send, arriving = like.new_empty(sum(sent)), like.new_empty(sum(received))
-    # A message is token-major, so that what arrives is already in sequence order.
-    for part, (first, end) in zip(send.split(sent), ranges, strict=True):
-        packed = part.view(length, batch, count, end - first, head_dim)
-        for i, x in enumerate(tensors):
-            copy_tokens(packed[:, :, i], x[:, :, first:end].transpose(0, 1))
     with side.run() as pending:
+        # A message is token-major, so that what arrives is already in sequence order.
+        for part, (first, end) in zip(send.split(sent), ranges, strict=True):
+            packed = part.view(length, batch, count, end - first, head_dim)
+            for i, x in enumerate(tensors):
+                copy_tokens(packed[:, :, i], x[:, :, first:end].transpose(0, 1))
         dist.all_to_all_single(arriving, send, received, sent, group=group)
     return Gathering(pending, send, arriving.view(sum(tokens), batch, count, mine, head_dim))
 
