@@ -563,7 +563,7 @@ def run(mutation: Mutation) -> str:
     """killed, SURVIVED, or stale."""
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)
-        for name in ("sp_sparse", "tests"):
+        for name in ("sp_sparse", "launch", "tests"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", tree)
         source = tree / "sp_sparse" / mutation.file

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from fastapi.responses import Response
+from starlette.requests import ClientDisconnect
 
 from sp_sparse.serving.errors import ApiError
 from sp_sparse.serving.limits import Limits
@@ -45,18 +46,19 @@ class Guard:
                 status = message["status"]
             await self._in_time(send(message))
 
-        self._serving += 1
+        counts = not scope["path"].startswith("/health")
+        self._serving += counts
         try:
             headers = {name.decode("latin-1"): value for name, value in scope["headers"]}
             self._check(scope, headers)
             await self._app(scope, self._bounded(receive), counted)
         except ApiError as error:
             await self._refuse(error.response(), scope, receive, counted)
-        except _SlowClientError:
-            status = 408  # nothing can be told any more
-            raise
+        except (_SlowClientError, ClientDisconnect) as gone:
+            # Nothing can be told any more; uvicorn closes the connection.
+            status = 408 if isinstance(gone, _SlowClientError) else 499
         finally:
-            self._serving -= 1
+            self._serving -= counts
             method = scope["method"] if scope["method"] in _METHODS else "other"
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.answered(method, route, status)

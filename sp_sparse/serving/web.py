@@ -34,6 +34,7 @@ class WebServer:
         """`header_s`: seconds that a client may take to send the headers of a request."""
         config = uvicorn.Config(
             app,
+            loop="asyncio",
             http=_protocol(header_s),
             ws="none",
             lifespan="off",
@@ -60,14 +61,30 @@ class WebServer:
 
 
 def _protocol(header_s: float) -> type[asyncio.Protocol]:
-    class HeaderDeadline(H11Protocol):
-        """Closes connections on which no request is complete in time: uvicorn itself waits for ever."""
+    class Deadlines(H11Protocol):
+        """Ends connections on which no request comes, or whose client does not read: uvicorn itself waits for ever."""
 
         _deadline: asyncio.TimerHandle | None = None
+        _looking: asyncio.TimerHandle | None = None
+        _was_closing = False
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self._deadline = self.loop.call_later(header_s, self._give_up)
+            self._looking = self.loop.call_later(header_s, self._look)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            for timer in (self._deadline, self._looking):
+                if timer is not None:
+                    timer.cancel()
+            super().connection_lost(exc)
+
+        def _look(self) -> None:
+            if self._was_closing:  # close() waits for the client to read the rest, who has had time to
+                self.transport.abort()
+                return
+            self._was_closing = self.transport.is_closing()
+            self._looking = self.loop.call_later(header_s, self._look)
 
         def _give_up(self) -> None:
             self._deadline = None
@@ -85,4 +102,4 @@ def _protocol(header_s: float) -> type[asyncio.Protocol]:
             elif self._deadline is None and self._is_idle():
                 self._deadline = self.loop.call_later(header_s, self._give_up)
 
-    return HeaderDeadline
+    return Deadlines

@@ -148,6 +148,11 @@ class LocalServer(Client):
         self.store.close()
         assert not self._engine_thread.is_alive()
 
+    @property
+    def connections(self) -> set[Any]:
+        """What uvicorn holds open."""
+        return self._web._server.server_state.connections
+
     def steps(self, count: int) -> None:
         """Let so many steps of jobs that wait happen."""
         self.backend.gate.release(count)
