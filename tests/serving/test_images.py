@@ -193,7 +193,7 @@ def test_a_name_that_changes_its_mind_leads_nowhere_else(site: str, monkeypatch:
     real = socket.getaddrinfo
 
     def getaddrinfo(host: Any, port: Any, *arguments: Any, **options: Any) -> Any:
-        looked_up.append(host)
+        looked_up.append(host.decode() if isinstance(host, bytes) else host)
         return real(
             "127.0.0.1" if looked_up.count("rebinding.example.org") < 2 else "127.0.0.2", port, *arguments, **options
         )
