@@ -24,6 +24,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
+
+sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
+
+from launch.benchmarks.environment import environment  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 _JOBS = 2
@@ -106,18 +111,13 @@ def _served_video(arguments: argparse.Namespace, http: httpx.Client, folder: Pat
         "seed": 0,
     }
     start = time.perf_counter()
-    job = _answer(http.post("/v1/videos", json=asked))
-    _wait(
-        lambda: _answer(http.get(f"/v1/videos/{job['id']}"))["status"] in ("completed", "failed"),
-        arguments.limit_s,
-        folder / "serve.log",
-    )
+    # One request for all: a client that polls takes its share of the server's process.
+    answer = http.post("/v1/videos/sync", json=asked, timeout=arguments.limit_s)
     client_seconds = time.perf_counter() - start
-    told = _answer(http.get(f"/v1/videos/{job['id']}"))
-    if told["status"] != "completed":
-        raise RuntimeError(f"the server failed: {told['error']}")
-    content = http.get(f"/v1/videos/{job['id']}/content").content
-    return Video(content, told["inference_time_s"], client_seconds, told["stage_durations"]["denoise"])
+    if answer.status_code != 200:
+        raise RuntimeError(f"the server failed: {answer.text}\n{_tail(folder / 'serve.log')}")
+    stages = json.loads(answer.headers["X-Stage-Durations"])
+    return Video(answer.content, float(answer.headers["X-Inference-Time-S"]), client_seconds, stages["denoise"])
 
 
 def _generate(arguments: argparse.Namespace, ranks: int, flags: list[str], folder: Path) -> list[Video]:
@@ -166,6 +166,7 @@ def _compare(arguments: argparse.Namespace, mesh: str, served: list[Video], gene
         "same_file": len({video.content for video in (*served, *generated)}) == 1,
         "same_video": apart == 0,
         "max_frame_difference_of_255": apart,
+        **environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
     }
 
 
@@ -240,12 +241,6 @@ def _wait(condition: Any, seconds: float, log: Path) -> None:
             time.sleep(0.02)
     except RuntimeError as error:
         raise RuntimeError(f"{error}:\n{_tail(log)}") from error
-
-
-def _answer(response: httpx.Response) -> dict[str, Any]:
-    if response.status_code != 200:
-        raise RuntimeError(f"the server answered {response.status_code}: {response.text}")
-    return dict(response.json())
 
 
 def _tail(log: Path) -> str:
