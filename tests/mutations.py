@@ -222,6 +222,20 @@ MUTATIONS = (
         "shards",
     ),
     Mutation(
+        "Ulysses: what arrives is not waited for",
+        "parallel/ulysses.py",
+        "        self.pending.join()\n        return",
+        "        return",
+        "shards",
+    ),
+    Mutation(
+        "Ulysses: what returns is not waited for",
+        "parallel/strategy.py",
+        "            scattering.finish()",
+        "            pass",
+        "shards",
+    ),
+    Mutation(
         "the next chunk's heads are those of this one",
         "parallel/strategy.py",
         "self._start_gather(tensors, metadata, ranges[chunk + 1], group)",

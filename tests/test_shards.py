@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -17,8 +19,8 @@ from sp_sparse.mask import num_blocks
 from sp_sparse.parallel import realign as realign_module
 from sp_sparse.parallel.realign import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
-from sp_sparse.parallel.strategy import SequenceParallelStrategy
-from sp_sparse.parallel.streams import SideStream
+from sp_sparse.parallel.strategy import ParallelContext, SequenceParallelStrategy
+from sp_sparse.parallel.streams import Pending, SideStream
 from sp_sparse.parallel.ulysses import copy_tokens, head_ranges, start_gather, start_scatter
 from tests.ranks import run_ranks, world_group
 
@@ -209,6 +211,52 @@ def _check_ulysses(rank: int) -> None:
 
 def test_ulysses_puts_every_token_and_head_in_its_place() -> None:
     run_ranks(3, _check_ulysses)
+
+
+class _Joined(Pending):
+    def __init__(self, joins: list[str], name: str) -> None:
+        super().__init__()
+        self._joins, self._name = joins, name
+
+    def join(self) -> None:
+        self._joins.append(self._name)
+
+
+class _WatchedStream(SideStream):
+    """Tells which of its works were joined: on CPUs a missing wait changes no result."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.device("cpu"))
+        self.started, self.joins = 0, list[str]()
+
+    @contextmanager
+    def run(self) -> Iterator[Pending]:
+        self.started += 1
+        yield _Joined(self.joins, str(self.started))
+
+
+def _check_ulysses_waits(rank: int) -> None:
+    strategy = SequenceParallelStrategy(SequenceParallelMesh(2, 1), 8)
+    side = _WatchedStream()
+    strategy.mesh._side_streams[torch.device("cpu")] = side
+    shards = SequenceShards.aligned(16, 8, 2, 1)
+    x = torch.ones(1, 8, 4, 8)
+    attended: list[list[str]] = []
+
+    def body(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring_shards: SequenceShards) -> torch.Tensor:
+        attended.append(list(side.joins))
+        return q
+
+    strategy.run(body, x, x, x, shards)
+    # Gathering 1, gathering 2 under way, scattering 3, scattering 4.
+    assert attended == [["1"], ["1", "2"]]
+    assert side.joins == ["1", "2", "3", "4"]
+    strategy.post_attention(strategy.pre_attention(x, x, x, shards)[0], ParallelContext(shards, shards, (2, 2)))
+    assert side.joins[4:] == ["5", "6"]
+
+
+def test_ulysses_waits_for_what_it_uses() -> None:
+    run_ranks(2, _check_ulysses_waits)
 
 
 @pytest.mark.parametrize(("dtype", "head_dim"), [(torch.bfloat16, 8), (torch.bfloat16, 6), (torch.float64, 3)])
