@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from launch.arguments import parse_arguments
-from launch.console import be_quiet, report_error, tell
+from launch.console import be_quiet, refuse_arguments, report_error
 from launch.ranks import USER_ERRORS, RefusedError, rank_from_environment, start_ranks
-
-_PATIENCE_S = 5.0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,16 +15,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0; 1 if `--verify` failed or another rank stopped; 2 for an error of the user's.
     """
-    rank = rank_from_environment()
     try:
         arguments = parse_arguments(argv)
     except (ValueError, OSError) as error:
-        if rank != 0:
-            # Rank 0 has the same arguments, fails alike and is followed by torchrun stopping this one: no need to repeat.
-            time.sleep(_PATIENCE_S)
-        tell(str(error))
-        return 2
-    be_quiet(rank == 0)
+        return refuse_arguments(error)
+    be_quiet(rank_from_environment() == 0)
     try:
         from launch.job import generate  # here, for diffusers reads the environment when it is imported
 

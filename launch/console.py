@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import time
 import traceback
 import warnings
 
 from launch.ranks import is_lost_rank, rank_from_environment
+
+_PATIENCE_S = 5.0
 
 
 def tell(text: str) -> None:
@@ -16,6 +19,15 @@ def tell(text: str) -> None:
     rank = rank_from_environment()
     prefix = f"rank {rank}: " if rank else ""
     print(f"{prefix}error: {' '.join(text.split())}", file=sys.stderr, flush=True)
+
+
+def refuse_arguments(error: Exception) -> int:
+    """Tell that the arguments cannot be read; returns the exit status."""
+    if rank_from_environment() != 0:
+        # Rank 0 has the same arguments, fails alike and is followed by torchrun stopping this one: no need to repeat.
+        time.sleep(_PATIENCE_S)
+    tell(str(error))
+    return 2
 
 
 def report_error(error: Exception, timeout_s: float, debug: bool) -> int:

@@ -16,12 +16,15 @@ from sp_sparse.video import TOKEN_ORDERS, VideoGrid
 
 T = TypeVar("T")
 
+# (Ulysses degree, ring degree)
+Mesh = tuple[int, int]
+
 # Latent frames, rows and columns of 81 frames; the transformer halves rows and columns.
 VIDEOS = {"480p": (21, 60, 104), "720p": (21, 90, 160)}
 
 
-def every_mesh(world: int) -> tuple[tuple[int, int], ...]:
-    """The (Ulysses degree, ring degree) pairs of so many ranks, most Ulysses first."""
+def every_mesh(world: int) -> tuple[Mesh, ...]:
+    """The meshes of so many ranks, most Ulysses first."""
     return tuple((u, world // u) for u in range(world, 0, -1) if world % u == 0)
 
 
@@ -145,19 +148,19 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     _add_run_flags(attention, repeat=10, warmup=3)
     _add_grids(attention)
     attention.add_argument("--kv-exchanges", nargs="+", choices=KV_EXCHANGES, default=["ring"], help="on a ring")
-    attention.add_argument("--input-sets", type=_positive, default=2, help="random inputs that calls rotate through")
+    attention.add_argument("--input-sets", type=positive, default=2, help="random inputs that calls rotate through")
     timeline = commands.add_parser("timeline", help="what each GPU does during one call of the layer")
     _add_run_flags(timeline, repeat=1, warmup=3)
     _add_grids(timeline)
     transformer = commands.add_parser("transformer", help="a Wan transformer of A14B shape with random weights")
     _add_run_flags(transformer, repeat=5, warmup=2)
     transformer.add_argument(
-        "--videos", nargs="+", type=_video, default=list(VIDEOS.items()), help="480p, 720p, or TxHxW latents"
+        "--videos", nargs="+", type=video, default=list(VIDEOS.items()), help="480p, 720p, or TxHxW latents"
     )
-    transformer.add_argument("--layers", type=_positive, default=4, help="the real model has 40")
-    transformer.add_argument("--ffn-dim", type=_positive, default=13824)
-    transformer.add_argument("--text-tokens", type=_positive, default=512)
-    transformer.add_argument("--text-dim", type=_positive, default=4096)
+    transformer.add_argument("--layers", type=positive, default=4, help="the real model has 40")
+    transformer.add_argument("--ffn-dim", type=positive, default=13824)
+    transformer.add_argument("--text-tokens", type=positive, default=512)
+    transformer.add_argument("--text-dim", type=positive, default=4096)
     transformer.add_argument(
         "--modes", nargs="+", choices=("eager", "compiled"), default=["eager"], help="compiled: compile_repeated_blocks"
     )
@@ -169,17 +172,18 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
         plot.set_defaults(scaling=name == "scaling")
     given = vars(parser.parse_args(argv))
     if "scaling" in given:
-        return _filled(PlotArguments, given)
+        return filled(PlotArguments, given)
     given["densities"] = sorted(set(given["densities"]), reverse=True)
     if given["command"] == "attention":
-        return _filled(AttentionArguments, given)
+        return filled(AttentionArguments, given)
     if given["command"] == "timeline":
-        return _filled(TimelineArguments, given)
+        return filled(TimelineArguments, given)
     given["videos"] = dict(given["videos"])
-    return _filled(TransformerArguments, given)
+    return filled(TransformerArguments, given)
 
 
-def _filled(kind: type[T], given: dict[str, Any]) -> T:
+def filled(kind: type[T], given: dict[str, Any]) -> T:
+    """`kind` from what a parser gave, lists as tuples."""
     values = {option.name: given[option.name] for option in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
@@ -194,15 +198,15 @@ def _add_run_flags(parser: argparse.ArgumentParser, repeat: int, warmup: int) ->
         "--densities", nargs="+", type=_density, default=[1.0, 0.7, 0.5, 0.3, 0.1], help="shares of key blocks kept"
     )
     parser.add_argument("--backends", nargs="+", default=["auto"], help="kernels, as --sparse-attn-backend takes them")
-    parser.add_argument("--meshes", nargs="+", type=_pair, default=[], help="UxR (default: all of the ranks)")
-    parser.add_argument("--heads", type=_positive, default=40)
-    parser.add_argument("--head-dim", type=_positive, default=128)
-    parser.add_argument("--block-size", type=_pair, default=(128, 128), help="query x key tokens")
+    parser.add_argument("--meshes", nargs="+", type=pair, default=[], help="UxR (default: all of the ranks)")
+    parser.add_argument("--heads", type=positive, default=40)
+    parser.add_argument("--head-dim", type=positive, default=128)
+    parser.add_argument("--block-size", type=pair, default=(128, 128), help="query x key tokens")
     parser.add_argument("--token-order", choices=TOKEN_ORDERS, default="hilbert")
     parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--warmup", type=_positive, default=warmup, help="calls before the timed ones")
-    parser.add_argument("--repeat", type=_positive, default=repeat, help="timed calls")
+    parser.add_argument("--warmup", type=positive, default=warmup, help="calls before the timed ones")
+    parser.add_argument("--repeat", type=positive, default=repeat, help="timed calls")
     parser.add_argument("--output", type=Path, help="file that JSON lines are added to")
     parser.add_argument("--time-limit-s", type=float, help="start no measurement after so many seconds")
     parser.add_argument("--timeout-s", type=float, default=900.0, help="seconds that a rank waits for the others")
@@ -215,7 +219,8 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; --help lists the flags")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
+    """A flag's whole number above 0."""
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0; give 1 or more")
     return int(text)
@@ -238,7 +243,8 @@ def _sides(text: str, count: int, example: str) -> tuple[int, ...]:
     return tuple(map(int, parts))
 
 
-def _pair(text: str) -> tuple[int, int]:
+def pair(text: str) -> tuple[int, int]:
+    """A flag's two whole numbers, as in 2x1."""
     first, second = _sides(text, 2, "2x1")
     return first, second
 
@@ -247,7 +253,8 @@ def _grid(text: str) -> VideoGrid:
     return VideoGrid(*_sides(text, 3, "21x30x52"))
 
 
-def _video(text: str) -> tuple[str, tuple[int, int, int]]:
+def video(text: str) -> tuple[str, tuple[int, int, int]]:
+    """A flag's video: its name, and its latent frames, rows and columns."""
     if text in VIDEOS:
         return text, VIDEOS[text]
     frames, height, width = _sides(text, 3, "480p, 720p or 21x60x104")

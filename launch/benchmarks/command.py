@@ -19,6 +19,7 @@ from launch.benchmarks.arguments import (
     TransformerArguments,
     parse_arguments,
 )
+from launch.console import tell
 from launch.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
 
 _PATIENCE_S = 5.0
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if rank_from_environment() != 0:
             time.sleep(_PATIENCE_S)  # rank 0 says the same, and torchrun then stops this one
         else:
-            _tell(str(error))
+            tell(str(error))
         return 2
     return _run(arguments)
 
@@ -54,12 +55,12 @@ def _run(arguments: RunArguments) -> int:
                 return _measure(arguments, ranks)
             except RefusedError as refused:
                 if refused.speaks:
-                    _tell(str(refused))
+                    tell(str(refused))
                 return 2
     except KeyboardInterrupt:
         return 130
     except USER_ERRORS as error:
-        _tell(str(error))
+        tell(str(error))
         return 2
 
 
@@ -117,9 +118,3 @@ def _be_quiet(first: bool) -> None:
     if not first:
         warnings.simplefilter("ignore")
         os.environ["DIFFUSERS_VERBOSITY"] = "error"
-
-
-def _tell(text: str) -> None:
-    rank = rank_from_environment()
-    prefix = f"rank {rank}: " if rank else ""
-    print(f"{prefix}error: {' '.join(text.split())}", file=sys.stderr, flush=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
@@ -10,13 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from launch.benchmarks.omni_arguments import Mesh, OmniArguments, parse_omni_arguments
+from launch.benchmarks.arguments import Mesh
+from launch.benchmarks.omni_arguments import OmniArguments, parse_omni_arguments
 from launch.benchmarks.omni_check import LayerCall, capture_call, relative_error, repeat_call
 from launch.benchmarks.omni_model import OmniJob, OmniTransformer, omni_transformer
 from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
 from launch.benchmarks.wan import tokens_of
+from launch.console import tell
 from launch.ranks import USER_ERRORS, Ranks, RefusedError, start_ranks
 
 
@@ -36,9 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return benchmark.run()
     except RefusedError as refused:
         if refused.speaks:
-            print(f"error: {refused}", file=sys.stderr, flush=True)
+            tell(str(refused))
     except USER_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        tell(str(error))
     return 2
 
 

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from launch.benchmarks.arguments import Mesh
 from launch.benchmarks.omni_model import OmniTransformer
 from sp_sparse import AttentionRecorder, BlockMask, SequenceShards
-
-Mesh = tuple[int, int]
 
 
 @dataclass(frozen=True)

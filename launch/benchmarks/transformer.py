@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launch.benchmarks.arguments import TransformerArguments, every_mesh
+from launch.benchmarks.arguments import Mesh, TransformerArguments, every_mesh
 from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
@@ -21,8 +21,6 @@ from launch.benchmarks.wan import (
 )
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.integrations.diffusers import enable_sparse_attention
-
-Mesh = tuple[int, int]
 
 
 def measure_transformer(session: Session, arguments: TransformerArguments) -> None:

@@ -13,7 +13,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.console import be_quiet, report_error, tell
+from launch.console import be_quiet, refuse_arguments, report_error
 from launch.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
 from launch.serving.arguments import ServeArguments, parse_serve_arguments
 from sp_sparse.serving.control import Control
@@ -27,7 +27,6 @@ from sp_sparse.serving.web import WebServer, listen
 if TYPE_CHECKING:
     from launch.serving.backend import WanBackend
 
-_PATIENCE_S = 5.0
 _HOUSEKEEPING_S = 30.0
 
 # After a failure, the other ranks hear of it within this or never.
@@ -45,15 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 when drained; 1 if a rank was lost or the server failed; 2 for an error of the user's.
     """
-    rank = rank_from_environment()
     try:
         arguments = parse_serve_arguments(argv)
     except (ValueError, OSError) as error:
-        if rank != 0:
-            time.sleep(_PATIENCE_S)  # rank 0 says the same, and torchrun then stops this one
-        tell(str(error))
-        return 2
-    be_quiet(rank == 0)
+        return refuse_arguments(error)
+    be_quiet(rank_from_environment() == 0)
     stop = _Stop(arguments.drain_s)
     try:
         with start_ranks(arguments.device, arguments.timeout_s, stop.ask) as ranks:
