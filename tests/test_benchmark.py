@@ -303,6 +303,18 @@ def test_scaling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "| attention | 32760 | triton | 0.30 | 2 | U1×R2 | 8.00 | 1.50 | 0.75 | 3.00 |",
         "| attention | 32760 | triton | 0.30 | 4 | U2×R2 | 4.00 | 3.00 | 0.75 | – |",
     ]
+    # Each file is compared with its own single GPU; of equal measurements the later file's counts, wherever it stands.
+    again = tmp_path / "again.jsonl"
+    rows = [_result(0.5, ring, implementation="layer", ms_median=30.0 / ring) for ring in (1, 2)]
+    rows += [_result(0.3, ring, implementation="layer", ms_median=10.0, kv_exchange="ring") for ring in (1, 2)]
+    again.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["scaling", str(results), str(again), "--output-dir", str(tmp_path / "plots")]) == 0
+    both = (tmp_path / "plots" / "scaling.md").read_text().splitlines()[2:]
+    assert [tuple(line.split(" | ")[i] for i in (3, 4, 7)) for line in both] == [
+        ("0.50", "2", "2.00"),
+        ("0.30", "2", "1.00"),
+        ("0.30", "4", "3.00"),
+    ]
     results.write_text(json.dumps(rows[0]) + "\n")
     assert "measured both on one GPU and on several" in _error(capsys, "scaling", str(results), "--output-dir", ".")
 

@@ -18,11 +18,11 @@ def read_results(paths: Sequence[Path]) -> list[Row]:
     Raises:
         ValueError: a file that holds anything else.
     """
-    return [row for path in paths for row in _read(path)]
+    return list({identity(row): row for path in paths for row in _read(path)}.values())
 
 
 def _read(path: Path) -> list[Row]:
-    latest: dict[tuple[Any, ...], Row] = {}
+    rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = json.loads(line)
@@ -34,11 +34,12 @@ def _read(path: Path) -> list[Row]:
                 f"{path} line {number} has no {', '.join(missing)}; give a file that `benchmark.py attention` or "
                 "`benchmark.py transformer` wrote"
             )
-        latest[_identity(row)] = row
-    return list(latest.values())
+        rows.append(row)
+    return rows
 
 
-def _identity(row: Row) -> tuple[Any, ...]:
+def identity(row: Row) -> tuple[Any, ...]:
+    """What two measurements of the same have in common."""
     optional = (
         "density_asked",
         "block_size",

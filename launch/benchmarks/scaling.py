@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.benchmarks.pictures import mesh_name, mode_name, prepare, save, title
-from launch.benchmarks.results_file import Row, read_results
+from launch.benchmarks.results_file import Row, identity, read_results
 from launch.files import whole_file
 
 # Ours on a mesh; the other rows are baselines.
@@ -38,12 +38,13 @@ class Point:
 
 
 def report_scaling(results: Sequence[Path], folder: Path) -> list[Path]:
-    """Write `scaling.md` and a picture for every number of tokens.
+    """Write `scaling.md` and a picture for every number of tokens; the latest of equal measurements counts.
 
     Raises:
         ValueError: files that hold no results, none of them on several GPUs and on one, or no matplotlib.
     """
-    points = [point for path in results for point in _points(read_results([path]))]
+    latest = {identity(point.row): point for path in results for point in _points(read_results([path]))}
+    points = sorted(latest.values(), key=_place)
     if not points:
         raise ValueError(
             f"{', '.join(map(str, results))}: nothing is measured both on one GPU and on several; give what "
@@ -63,8 +64,12 @@ def _points(rows: list[Row]) -> list[Point]:
     ours = [row for row in rows if row.get("implementation") in _OURS and row.get("kv_exchange") != "all_gather"]
     alone = {_same(row): row["ms_median"] for row in ours if row["gpus"] == 1}
     several = [row for row in ours if row["gpus"] > 1 and _same(row) in alone]
-    points = [Point(row, alone[_same(row)] / row["ms_median"]) for row in several]
-    return sorted(points, key=lambda p: (_same(p.row)[:2], -p.row["density"], p.row["gpus"], -p.row["ulysses"]))
+    return [Point(row, alone[_same(row)] / row["ms_median"]) for row in several]
+
+
+def _place(point: Point) -> tuple[Any, ...]:
+    row = point.row
+    return row["what"], row["sequence"], -row["density"], row["gpus"], -row["ulysses"]
 
 
 def _same(row: Row) -> tuple[Any, ...]:
