@@ -71,7 +71,9 @@ def test_torchrun_brings_the_service_back_with_its_queue(tmp_path: Path) -> None
     assert text.rstrip().count("drained") == 1
 
 
-@pytest.mark.parametrize(("world", "victim"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 3)], ids=lambda number: str(number))
+@pytest.mark.parametrize(
+    ("world", "victim"), [(2, 0), (2, 1), (4, 0), (4, 1), (4, 2), (4, 3)], ids=lambda number: str(number)
+)
 def test_a_rank_that_dies_ends_the_others(tmp_path: Path, world: int, victim: int) -> None:
     mesh = ["--ulysses-degree", "2", "--ring-degree", str(world // 2)]
     with RankServer(tmp_path, world, *mesh, *STEPS) as server:
