@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from launch.compare import main as compare
 from launch.random_models import tiny_image_to_video, tiny_text_to_video
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
+from tests.processes import process_of_rank, wait_for
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -293,8 +293,10 @@ def test_a_rank_that_dies_stops_the_others(tmp_path: Path) -> None:
     with log.open("w") as stderr:
         job = subprocess.Popen(_torchrun(2, *flags), cwd=tmp_path, env=_environment(), stderr=stderr)
         try:
-            _wait_for(lambda: re.search(r"\d+/100000 ", log.read_text()) is not None, 90)
-            os.kill(_child_of_rank(job.pid, 1), signal.SIGKILL)
+            wait_for(lambda: re.search(r"\d+/100000 ", log.read_text()) is not None, seconds=90)
+            killed = process_of_rank(job.pid, 1)
+            assert killed is not None
+            os.kill(killed, signal.SIGKILL)
             assert job.wait(timeout=40) != 0
         finally:
             job.kill()
@@ -302,21 +304,3 @@ def test_a_rank_that_dies_stops_the_others(tmp_path: Path) -> None:
     assert "error: a rank stopped or did not answer within 20 s" in text or "rank 0: error: a rank stopped" in text
     assert not list(tmp_path.rglob("*.mp4"))
     assert not list(tmp_path.rglob("*.json"))
-
-
-def _wait_for(condition: Any, seconds: float) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.1)
-
-
-def _child_of_rank(parent: int, rank: int) -> int:
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            is_child = process.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1] == str(parent)
-            if is_child and f"\0RANK={rank}\0".encode() in process.joinpath("environ").read_bytes():
-                return int(process.name)
-        except OSError:
-            continue  # it ended meanwhile
-    raise AssertionError(f"torchrun {parent} has no child of rank {rank}")

@@ -22,7 +22,8 @@ from sp_sparse.serving.runner import Bounds, JobRunner
 from sp_sparse.serving.store import JobStore
 from sp_sparse.serving.watchdog import Watchdog
 from sp_sparse.serving.web import WebServer, listen
-from tests.serving.server import PATIENCE_S, Client
+from tests.processes import PATIENCE_S
+from tests.serving.server import Client
 
 CARD = ModelCard(
     name="fake/model",

@@ -9,7 +9,6 @@ import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -21,9 +20,7 @@ import torch
 import torch.distributed as dist
 
 from launch.serving.command import main
-
-# Nothing here asserts a time: this only ends a test that would never end.
-PATIENCE_S = 120.0
+from tests.processes import PATIENCE_S, wait_for
 
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3"]
 
@@ -32,15 +29,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def wait_for(condition: Callable[[], Any], what: str = "", seconds: float = PATIENCE_S) -> Any:
-    """The first true value of `condition`."""
-    end = time.monotonic() + seconds
-    while not (value := condition()):
-        assert time.monotonic() < end, f"waited {seconds} s for {what or condition}"
-        time.sleep(0.03)
-    return value
 
 
 class Client:

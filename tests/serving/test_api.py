@@ -14,8 +14,8 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.processes import wait_for
 from tests.serving.fake import LocalServer
-from tests.serving.server import wait_for
 
 UNKNOWN = "video_" + "0" * 32
 

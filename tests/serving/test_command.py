@@ -15,7 +15,8 @@ import pytest
 
 from launch.serving.arguments import parse_serve_arguments
 from launch.serving.command import main
-from tests.serving.server import PATIENCE_S, RankServer, free_port
+from tests.processes import PATIENCE_S
+from tests.serving.server import RankServer, free_port
 
 
 @contextmanager

@@ -11,21 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.serving.server import SPARSE, Client, RankServer, free_port, wait_for
+from tests.processes import process_of_rank, wait_for
+from tests.serving.server import SPARSE, Client, RankServer, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--max-steps", "15000"]
-
-
-def _process_of_rank(parent: int, rank: int) -> int | None:
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            is_child = process.joinpath("stat").read_text().rsplit(")", 1)[1].split()[1] == str(parent)
-            if is_child and f"\0RANK={rank}\0".encode() in process.joinpath("environ").read_bytes():
-                return int(process.name)
-        except OSError:
-            continue  # it ended meanwhile
-    return None
 
 
 def test_torchrun_brings_the_service_back_with_its_queue(tmp_path: Path) -> None:
@@ -45,10 +35,10 @@ def test_torchrun_brings_the_service_back_with_its_queue(tmp_path: Path) -> None
         for tries, rank in enumerate((0, 1), start=1):
             wait_for(lambda: client.get(running)["step"] > 0)
             assert client.get(running)["tries"] == tries
-            killed = _process_of_rank(job.pid, rank)
+            killed = process_of_rank(job.pid, rank)
             assert killed is not None
             os.kill(killed, signal.SIGKILL)
-            wait_for(lambda p=killed, r=rank: _process_of_rank(job.pid, r) not in (None, p))  # type: ignore[misc]
+            wait_for(lambda p=killed, r=rank: process_of_rank(job.pid, r) not in (None, p))  # type: ignore[misc]
             client.wait_ready()
         wait_for(lambda: client.get(running)["step"] > 0)
         assert client.get(running)["tries"] == 3
@@ -60,7 +50,7 @@ def test_torchrun_brings_the_service_back_with_its_queue(tmp_path: Path) -> None
         job.wait(60)
     finally:
         for rank in range(2):
-            process = _process_of_rank(job.pid, rank)
+            process = process_of_rank(job.pid, rank)
             if process is not None:
                 os.kill(process, signal.SIGKILL)
         job.kill()

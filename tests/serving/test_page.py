@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.processes import PATIENCE_S, wait_for
 from tests.serving.fake import LocalServer
-from tests.serving.server import PATIENCE_S, RankServer, wait_for
+from tests.serving.server import RankServer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

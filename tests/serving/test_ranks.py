@@ -24,9 +24,10 @@ from sp_sparse.serving.runner import Bounds, JobFailedError, JobRunner, JobStopp
 from sp_sparse.serving.store import JobStore
 from sp_sparse.serving.watchdog import Watchdog
 from sp_sparse.serving.web import WebServer, listen
+from tests.processes import PATIENCE_S, wait_for
 from tests.ranks import run_ranks
 from tests.serving.fake import FakeBackend
-from tests.serving.server import PATIENCE_S, RankServer, wait_for
+from tests.serving.server import RankServer
 
 BOUNDS = Bounds(PATIENCE_S, PATIENCE_S)
 

@@ -13,8 +13,9 @@ import pytest
 from PIL import Image
 
 from launch.application import main as generate
+from tests.processes import wait_for
 from tests.ranks import run_ranks
-from tests.serving.server import SPARSE, RankServer, wait_for
+from tests.serving.server import SPARSE, RankServer
 
 LONG = {"num_inference_steps": 5000}
 CONSTANT = ["--sparse-attn-schedule", "constant"]
