@@ -29,6 +29,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
 from launch.benchmarks.environment import environment  # noqa: E402
+from launch.video import decoded_pixels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 _JOBS = 2
@@ -145,7 +146,7 @@ def _compare(arguments: argparse.Namespace, mesh: str, served: list[Video], gene
         ours, theirs = (median(getattr(video, name) for video in videos) for videos in (served, generated))
         return 100 * (ours / theirs - 1)
 
-    frames = [_frames(video.content) for video in (*served, *generated)]
+    frames = [np.frombuffer(decoded_pixels(video.content), np.uint8) for video in (*served, *generated)]
     apart = max(int(np.abs(one.astype(int) - frames[-1]).max()) for one in frames)
     width, height = map(int, arguments.size.split("x"))
     return {
@@ -186,17 +187,6 @@ def _print_table(results: list[dict[str, Any]]) -> None:
     widths = [max(len(row[place]) for row in rows) for place in range(len(_COLUMNS))]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
-
-
-def _frames(content: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    import imageio_ffmpeg
-
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        file.write(content)
-        file.flush()
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", file.name, "-f", "rawvideo", "-"]
-        raw = subprocess.run(command, capture_output=True, check=True).stdout
-    return np.frombuffer(raw, np.uint8)
 
 
 @contextmanager

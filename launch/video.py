@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,6 +101,17 @@ def save_video(frames: Tensor, path: Path, fps: int) -> None:
 
     with whole_file(path) as temporary:
         export_to_video(list(frames.numpy()), str(temporary), fps=fps)
+
+
+def decoded_pixels(video: bytes) -> bytes:
+    """All pixels of an mp4, in a row of bytes."""
+    import imageio_ffmpeg
+
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(video)
+        file.flush()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", file.name, "-f", "rawvideo", "-"]
+        return subprocess.run(command, capture_output=True, check=True).stdout
 
 
 def first_frame(arguments: GenerateArguments) -> Any:

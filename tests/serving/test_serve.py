@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import signal
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import pytest
 from PIL import Image
 
 from launch.application import main as generate
+from launch.video import decoded_pixels
 from tests.processes import wait_for
 from tests.ranks import run_ranks
 from tests.serving.server import SPARSE, RankServer
@@ -28,20 +28,10 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
         yield started
 
 
-def _frames(video: bytes, folder: Path) -> bytes:
-    """The decoded pixels of an mp4."""
-    import imageio_ffmpeg
-
-    path = folder / "frames.mp4"
-    path.write_bytes(video)
-    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f", "rawvideo", "-"]
-    return subprocess.run(command, capture_output=True, check=True).stdout
-
-
 def _generated(folder: Path, world: int, *flags: str) -> bytes:
     """The pixels that `generate` makes on so many ranks."""
     run_ranks(world, _rank_generates, [*flags, "--prompt", "a fox", "--output", str(folder / "video.mp4")])
-    return _frames((folder / "video.mp4").read_bytes(), folder)
+    return decoded_pixels((folder / "video.mp4").read_bytes())
 
 
 def _rank_generates(rank: int, flags: list[str]) -> None:
@@ -106,10 +96,10 @@ def test_the_same_video_as_generate(server: RankServer, tmp_path: Path) -> None:
     for fields, flags in asked:
         job = server.completed(prompt="a fox", **fields)
         videos.append(server.content(job["id"]))
-        assert _frames(videos[-1], tmp_path) == _generated(tmp_path, 2, "--ulysses-degree", "2", *flags)
+        assert decoded_pixels(videos[-1]) == _generated(tmp_path, 2, "--ulysses-degree", "2", *flags)
         assert (job["density"] == 1) == ("sparse_attn_backend" in fields)
-    assert _frames(videos[0], tmp_path) == _frames(videos[-1], tmp_path)
-    assert len({_frames(video, tmp_path) for video in videos}) == 4
+    assert decoded_pixels(videos[0]) == decoded_pixels(videos[-1])
+    assert len({decoded_pixels(video) for video in videos}) == 4
 
 
 def test_a_job_that_runs_is_cancelled_at_its_next_step(server: RankServer) -> None:
@@ -155,7 +145,7 @@ def test_four_ranks(tmp_path: Path) -> None:
         wait_for(lambda: server.get(cancelled)["step"] > 0)
         server.http.delete(f"/v1/videos/{cancelled}")
         again = server.completed(prompt="a fox", seed=3)
-        videos = [_frames(server.content(told["id"]), tmp_path) for told in (job, again)]
+        videos = [decoded_pixels(server.content(told["id"])) for told in (job, again)]
         assert server.stop() == [0] * 4
     assert videos[0] == videos[1] == _generated(tmp_path, 4, *flags, "--seed", "3", *SPARSE)
 
@@ -166,7 +156,7 @@ def test_guidance_on_two_halves(tmp_path: Path) -> None:
         assert "use a scale above 1" in refused.json()["error"]["message"]
         ours = server.content(server.completed(prompt="a fox", seed=2)["id"])
     same = _generated(tmp_path, 2, "--cfg-parallel-degree", "2", "--seed", "2", *SPARSE)
-    assert _frames(ours, tmp_path) == same
+    assert decoded_pixels(ours) == same
 
 
 @pytest.mark.parametrize("model", ["tiny-i2v", "tiny-ti2v"])
@@ -182,7 +172,7 @@ def test_from_an_image(tmp_path: Path, model: str) -> None:
         from_form = server.ended(form.json()["id"])
         from_json = server.completed(prompt="a fox", seed=3, input_reference={"image_url": url})
         without = server.completed(prompt="a fox", seed=3)
-        videos = [_frames(server.content(job["id"]), tmp_path) for job in (from_form, from_json, without)]
+        videos = [decoded_pixels(server.content(job["id"])) for job in (from_form, from_json, without)]
     flags = ["--model", model, "--seed", "3", *SPARSE]
     with_image = _generated(tmp_path, 1, *flags, "--image", str(tmp_path / "first.png"))
     assert videos[0] == videos[1] == with_image
