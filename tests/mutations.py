@@ -640,6 +640,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="mutations tested at a time (default: 2)")
     options = parser.parse_args()
     chosen = [m for m in MUTATIONS if options.only in m.what or options.only in m.file]
+    if not chosen:
+        parser.error(f"no mutation's description or file contains {options.only!r}; leave --only out to run all")
     whole = sorted({test_file(name) for m in chosen for name in m.tests.split()})
     if not passes(ROOT, whole):
         print("the tests fail without any mutation")
