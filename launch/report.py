@@ -63,7 +63,7 @@ def attention_report(
     """
     if config.backend == "none":
         return None
-    summary = recorder.summary(mesh)
+    summary = recorder.summary(mesh.groups)
     densities = summary["densities"]
     return {
         "calls": summary["calls"],

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from sp_sparse.config import SparseAttentionConfig
 from sp_sparse.kernels.base import Kernel
-from sp_sparse.kernels.dense import dense_attention
+from sp_sparse.kernels.dense import attend_mask
 from sp_sparse.kernels.registry import KernelRequest, check_returns_lse, load_kernel, select_kernel
 from sp_sparse.mask import BlockMask
+from sp_sparse.parallel.all_gather_kv import AllGatherKVStrategy, CallerAllGatherKVStrategy
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
-from sp_sparse.parallel.whole_keys import WholeKeysStrategy
 from sp_sparse.recorder import AttentionRecorder
-from sp_sparse.selection.static import StaticBlocks, select_static, static_rows
-from sp_sparse.selection.summaries import block_means, block_scores
-from sp_sparse.selection.topk import select_topk
-from sp_sparse.video import VideoGrid, token_order
+from sp_sparse.selection.base import SelectionRequest
+from sp_sparse.selection.registry import load_selector
+from sp_sparse.selection.static import StaticPlans
+from sp_sparse.video import VideoGrid
+
+# How ring ranks come by the others' keys and values.
+_STRATEGIES = {"ring": SequenceParallelStrategy, "all_gather": AllGatherKVStrategy}
 
 
 class SparseAttention:
@@ -40,7 +44,8 @@ class SparseAttention:
         layer: int = 0,
         expert: int = 0,
         recorder: AttentionRecorder | None = None,
-        whole_keys: bool = False,
+        all_gather_kv: bool = False,
+        static_plans: StaticPlans | None = None,
     ) -> None:
         """A collective call on meshes of several ranks, which compare their arguments.
 
@@ -52,19 +57,23 @@ class SparseAttention:
             layer: number of the layer, for the schedule.
             expert: 0, or 1 for the second (low-noise) expert of Wan 2.2.
             recorder: counts calls and measures densities; None measures nothing.
-            whole_keys: the ranks of the mesh, a ring without Ulysses, share the queries, but each call brings the keys and
-                values of the whole sequence without padding.
+            all_gather_kv: the ranks of the mesh, a ring without Ulysses, share the queries, but each call brings the keys
+                and values of the whole sequence without padding.
+            static_plans: the always-kept blocks, planned once for all layers that are given the same; by default its own.
 
         Raises:
-            ValueError: backend `none`, an unknown backend, one that cannot serve the mesh, fewer heads than Ulysses ranks.
+            ValueError: backend `none`, an unknown backend or selector, one that cannot serve the mesh or the configuration,
+                fewer heads than Ulysses ranks.
             RuntimeError: the ranks' arguments differ.
         """
         # First, so that what only one rank would refuse is told to all, and none waits for a rank that has left.
         mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
         if config.backend == "none":
             raise ValueError("backend 'none' means the model's own attention; choose a backend such as 'auto'")
-        if whole_keys and mesh.ulysses_degree > 1:
-            raise ValueError(f"whole_keys with ulysses_degree={mesh.ulysses_degree}: give a mesh of ring ranks alone")
+        if all_gather_kv and mesh.ulysses_degree > 1:
+            raise ValueError(
+                f"all_gather_kv with ulysses_degree={mesh.ulysses_degree}: give a mesh of ring ranks alone"
+            )
         if mesh.ring_degree > 1:
             check_returns_lse(config.backend)
         elif config.backend != "auto":
@@ -72,13 +81,14 @@ class SparseAttention:
         self.config = config
         self.num_heads, self.head_dim = num_heads, head_dim
         self.layer, self.expert = layer, expert
-        strategy = WholeKeysStrategy if whole_keys else SequenceParallelStrategy
-        self.strategy = strategy(mesh, math.lcm(*config.block_size), config.kv_exchange)
+        self.selector = load_selector(config)
+        strategy = CallerAllGatherKVStrategy if all_gather_kv else _STRATEGIES[config.kv_exchange]
+        self.strategy = strategy(mesh, math.lcm(*config.block_size))
         self.strategy.heads(num_heads)
         self._schedule = config.schedule_for(expert)
         self.recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
-        self._static: dict[tuple[VideoGrid, SequenceShards, torch.device], StaticBlocks] = {}
+        self._static_plans = StaticPlans(config) if static_plans is None else static_plans
 
     @property
     def mesh(self) -> SequenceParallelMesh:
@@ -118,21 +128,18 @@ class SparseAttention:
         density = self._schedule.density(self.layer, step, num_steps)
         scale = self.head_dim**-0.5 if scale is None else scale
         kernel = self.kernel_for(query.device, query.dtype)
+        attend = partial(attend_mask, kernel, scale)
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, mask: BlockMask | None) -> tuple[Tensor, Tensor | None]:
-            return dense_attention(q, k, v, scale) if mask is None else kernel(q, k, v, mask, scale)
-
-        def attend_heads(q: Tensor, k: Tensor, v: Tensor, ring_shards: SequenceShards) -> Tensor:
-            mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
-            masks.append(mask)
-            return self.strategy.attend(attend, q, k, v, mask, ring_shards)
-
-        # All heads of this rank, or chunk by chunk where that hides communication.
         masks: list[BlockMask | None] = []
-        out = self.strategy.run(attend_heads, query, key, value, shards)
+        exchange = self.strategy.exchange(query, key, value, shards)
+        # All heads of this rank, or chunk by chunk where that hides communication.
+        for q, k, v, ring_shards in exchange:
+            mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
+            exchange.give_back(self.strategy.attend(attend, q, k, v, mask, ring_shards))
+            masks.append(mask)
         if self.recorder is not None:
             self.recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
-        return out
+        return exchange.out
 
     def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
         """The cut that this layer expects by default: ring shards at block edges, as equal as that allows."""
@@ -155,33 +162,16 @@ class SparseAttention:
 
     def _select(self, query: Tensor, key: Tensor, grid: VideoGrid, shards: SequenceShards, density: float) -> BlockMask:
         """The mask of this ring shard's query blocks over all key blocks, for the heads of this rank."""
-        query_block, key_block = block_size = self.config.block_size
-        static = self._static_blocks(grid, shards, query.device)
-        lengths = query.shape[1], shards.sequence_length
-        if self.config.selector == "window":
-            return select_static(static, query.shape[0], query.shape[2], block_size, *lengths)
-        key_means = self.strategy.gather_blocks(block_means(key, key_block), shards, key_block)
-        scores = block_scores(block_means(query, query_block), key_means)
-        return select_topk(scores, static, density, block_size, *lengths)
-
-    def _static_blocks(self, grid: VideoGrid, shards: SequenceShards, device: torch.device) -> StaticBlocks:
-        """Planned once a grid and cut: the tables stay on the device."""
-        plan = (grid, shards, device)
-        if plan not in self._static:
-            config = self.config
-            first_frame = None
-            if config.keep_first_frame:
-                first_frame = token_order(grid, config.token_order) < grid.height * grid.width
-            rows = static_rows(
-                grid.num_tokens,
-                config.block_size,
-                shards.range_of(self.mesh.ring_rank),
-                keep_diagonal=config.keep_diagonal,
-                window=config.window,
-                first_frame=first_frame,
-            )
-            self._static[plan] = StaticBlocks.of(rows, device)
-        return self._static[plan]
+        keys = self.selector.summarize_keys(key)
+        if keys is not None:
+            keys = self.strategy.gather_blocks(keys, shards, self.config.block_size[1])
+        queries = self.selector.summarize_queries(query)
+        query_range = shards.range_of(self.mesh.ring_rank)
+        static = self._static_plans.blocks(grid, query_range, query.device)
+        request = SelectionRequest(
+            query.shape[0], query.shape[2], query_range, shards.sequence_length, density, static, grid
+        )
+        return self.selector.select(queries, keys, request)
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, shards: SequenceShards) -> None:
         if query.ndim != 4 or query.shape[2:] != (self.num_heads, self.head_dim):

@@ -11,7 +11,6 @@ from typing import Any
 from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
-SELECTORS = ("topk", "window")
 KV_EXCHANGES = ("ring", "all_gather")
 
 
@@ -54,7 +53,9 @@ class SparseAttentionConfig:
     backend: str = _option(
         "none", "kernel: none (leave the model as it is), auto, a kernel's name, or package.module:Class"
     )
-    topk: float = _option(0.3, "share of key blocks that each query block keeps, in (0, 1]; 1.0 is dense", float)
+    topk: float = _option(
+        0.3, "density: share of key blocks that each query block keeps, in (0, 1]; 1.0 is dense", float
+    )
     topk_2: float | None = _option(None, "topk of the second (low-noise) expert, if it differs", float)
     schedule: str = _option("conservative", "density over layers and steps", choices=SCHEDULES)
     schedule_2: str | None = _option(None, "schedule of the second expert, if it differs", choices=SCHEDULES)
@@ -65,7 +66,9 @@ class SparseAttentionConfig:
     dense_steps: int = _option(0, "first denoising steps that stay dense", int)
     dense_layers: int = _option(0, "first layers that stay dense", int)
     selector: str = _option(
-        "topk", "topk: highest mean-pooled scores; window: only the blocks always kept", choices=SELECTORS
+        "topk",
+        "topk (highest scores of mean queries and keys), window (only the blocks always kept), the name of another "
+        "package's selector, or package.module:Class",
     )
     keep_diagonal: bool = _option(True, "always keep the key blocks at the query block's own place", _flag_bool)
     keep_first_frame: bool = _option(
@@ -97,8 +100,6 @@ class SparseAttentionConfig:
             raise ValueError(f"window={self.window} is negative; use 0 to switch it off")
         if self.window and not self.keep_diagonal:
             raise ValueError(f"window={self.window} includes the diagonal; leave keep_diagonal on, or use window=0")
-        if self.selector == "window" and not self.keep_diagonal:
-            raise ValueError("selector 'window' without keep_diagonal could keep nothing; leave keep_diagonal on")
         for expert in (0, 1):
             self.schedule_for(expert)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sp_sparse.kernels.triton_device import triton_runs_on
+from sp_sparse.device import triton_runs_on
 
 
 def num_blocks(length: int, block_size: int) -> int:
@@ -124,7 +124,7 @@ class BlockMask:
     def _split_tables(self, edges: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
         """The (indices, counts) of consecutive ranges of key blocks."""
         if triton_runs_on(self.indices.device):
-            from sp_sparse.kernels.triton_split import MOST_SLOTS, split_rows_triton
+            from sp_sparse.triton_split import MOST_SLOTS, split_rows_triton
 
             if 0 < self.indices.shape[3] <= MOST_SLOTS:
                 return split_rows_triton(self.indices, self.counts, edges)
@@ -143,7 +143,7 @@ class BlockMask:
             parts.append((indices, counts))
         return parts
 
-    def apart(self, first: int, last: int) -> tuple[BlockMask, BlockMask]:
+    def cut_keys(self, first: int, last: int) -> tuple[BlockMask, BlockMask]:
         """The mask of the key tokens `[first, last)`, counted from `first`, and that of all keys but those.
 
         `first` and `last` are as the edges of `split_keys`.

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sp_sparse.mask import BlockMask
-from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 # expert, layer, step (None where the loop does not tell it)
 _Place = tuple[int, int, "int | None"]
@@ -58,16 +58,16 @@ class AttentionRecorder:
         for collected in (self.masks, self._calls, self._dense, self._attended, self._possible):
             collected.clear()
 
-    def summary(self, mesh: SequenceParallelMesh) -> dict[str, Any]:
-        """Calls by kernel on this rank, and the density of each expert, layer and step over all ranks.
+    def summary(self, groups: Sequence[ProcessGroup] = ()) -> dict[str, Any]:
+        """Calls by kernel on this rank, and the density of each expert, layer and step over all ranks of `mesh.groups`.
 
-        A collective call on meshes of several ranks; it synchronises with the device.
+        A collective call where there are groups; it synchronises with the device.
         """
         totals = {
             place: (float(self._attended.get(place, 0.0)), self._possible[place], self._dense[place])
             for place in {*self._attended, *self._dense}
         }
-        for group in mesh.groups:
+        for group in groups:
             parts: list[Any] = [None] * dist.get_world_size(group)
             dist.all_gather_object(parts, totals, group=group)
             totals = _sum_by_place(parts)

@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sp_sparse.kernels.triton_merge import merge_triton
-from sp_sparse.kernels.triton_scores import block_scores_triton
-from sp_sparse.kernels.triton_split import split_rows_triton
-from sp_sparse.kernels.triton_topk import select_rows_triton
 from sp_sparse.parallel.merge import merge_torch
+from sp_sparse.parallel.triton_merge import merge_triton
 from sp_sparse.selection import summaries
 from sp_sparse.selection.topk import select_rows_torch
+from sp_sparse.selection.triton_scores import block_scores_triton
+from sp_sparse.selection.triton_topk import select_rows_triton
+from sp_sparse.triton_split import split_rows_triton
 from tests.selection_cases import ROWS, SCORES, make_means, make_partials, make_scores, make_static
 from tests.triton_oracle import poisoned_empty, random_mask
 

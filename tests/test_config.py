@@ -93,7 +93,6 @@ def test_help_names_every_flag_and_default() -> None:
     [
         ("--sparse-attn-topk", "many"),
         ("--sparse-attn-schedule", "sometimes"),
-        ("--sparse-attn-selector", "best"),
         ("--sparse-attn-token-order", "spiral"),
         ("--sparse-attn-keep-diagonal", "maybe"),
         ("--sparse-attn-keep-diagonal",),
@@ -120,7 +119,6 @@ def test_bad_flags_exit_with_usage(arguments: tuple[str, ...], capsys: pytest.Ca
         ({"topk_2": 2.0}, "topk 2.0 is outside"),
         ({"schedule": "sometimes"}, "schedule='sometimes' is not known; use one of constant, conservative"),
         ({"schedule_2": "sometimes"}, "schedule_2='sometimes' is not known"),
-        ({"selector": "best"}, "selector='best' is not known; use one of topk, window"),
         ({"token_order": "spiral"}, "token_order='spiral' is not known; use one of raster, tile, hilbert"),
         ({"schedule": "table"}, "'table' with a table of 0 rows"),
         ({"schedule_table": ((0.5,),)}, "'conservative' with a table of 1 rows"),
@@ -135,7 +133,6 @@ def test_bad_flags_exit_with_usage(arguments: tuple[str, ...], capsys: pytest.Ca
         ({"block_size": (64, 64, 64)}, "block_size"),
         ({"window": -1}, "window=-1 is negative; use 0"),
         ({"window": 1, "keep_diagonal": False}, "window=1 includes the diagonal; leave keep_diagonal on"),
-        ({"selector": "window", "keep_diagonal": False}, "could keep nothing; leave keep_diagonal on"),
     ],
 )
 def test_errors(values: dict[str, Any], match: str) -> None:

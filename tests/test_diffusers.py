@@ -71,7 +71,7 @@ def _check_family(rank: int, family: str, ulysses: int, ring: int, cfg: int) -> 
         enable_sparse_attention(pipe, CONFIG, mesh, recorder)
         error = relative_error(run(pipe, **(RAGGED if ragged else {})), _single(family, ragged))
         assert error < 2e-5, (family, ragged, error)
-        summary = recorder.summary(mesh)
+        summary = recorder.summary(mesh.groups)
         assert set(summary["calls"]) == {"reference"}
         assert {row["expert"] for row in summary["densities"]} == ({0} if family.startswith("ti2v") else {0, 1})
         assert {row["step"] for row in summary["densities"]} == {0, 1, 2, 3}
@@ -98,7 +98,7 @@ def test_schedule_follows_the_pipelines_steps(family: str) -> None:
     config = replace(CONFIG, schedule="table", schedule_table=table, keep_diagonal=False)
     enable_sparse_attention(pipe, config, recorder=recorder)
     run(pipe)
-    densities = {(row["layer"], row["step"]): row for row in recorder.summary(SequenceParallelMesh())["densities"]}
+    densities = {(row["layer"], row["step"]): row for row in recorder.summary()["densities"]}
     for layer in (0, 1):
         assert densities[layer, 0]["dense_calls"] == 2
         assert [densities[layer, step]["density"] for step in (1, 2, 3)] == list(table[layer][1:])
@@ -109,7 +109,7 @@ def test_second_expert_has_its_own_schedule() -> None:
     recorder = AttentionRecorder()
     enable_sparse_attention(pipe, replace(CONFIG, topk=0.5, topk_2=0.25, keep_diagonal=False), recorder=recorder)
     run(pipe)
-    rows = recorder.summary(SequenceParallelMesh())["densities"]
+    rows = recorder.summary()["densities"]
     assert {row["expert"]: row["density"] for row in rows} == {0: 0.5, 1: 0.25}
 
 
@@ -148,7 +148,7 @@ def test_cross_attention_is_left_alone() -> None:
         block.attn2.register_forward_hook(lambda *_: counted.update(["cross"]))
     with torch.no_grad():
         model(**_inputs(model))
-    assert recorder.summary(SequenceParallelMesh())["calls"] == {"reference": 2}
+    assert recorder.summary()["calls"] == {"reference": 2}
     assert counted["cross"] == 2
 
 

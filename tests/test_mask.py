@@ -88,7 +88,7 @@ def test_a_part_splits_again(case: Case) -> None:
 def test_keys_apart(case: Case, data: st.DataObject) -> None:
     first = data.draw(st.sampled_from(case.edges))
     last = data.draw(st.sampled_from([edge for edge in case.edges if edge >= first]))
-    inside, outside = case.mask.apart(first, last)
+    inside, outside = case.mask.cut_keys(first, last)
     size = case.mask.block_size[1]
     columns = slice(num_blocks(first, size), num_blocks(last, size))
     assert torch.equal(inside.to_dense(), case.dense[..., columns])

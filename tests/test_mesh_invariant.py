@@ -21,6 +21,7 @@ from sp_sparse import (
     VideoGrid,
 )
 from sp_sparse.kernels.reference import ReferenceKernel
+from sp_sparse.parallel.all_gather_kv import AllGatherKVStrategy
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.video import token_order
 from tests.oracle import assert_close, block_rows, expand, masked_attention, relative_error
@@ -98,9 +99,9 @@ def _check_layer(rank: int, ulysses: int, ring: int) -> None:
         tensors = _inputs(grid, heads, batch, config.token_order)
         layer, recorder = _layer(config, mesh, heads)
         cuts = (layer.shards(grid), SequenceShards.equal(grid.num_tokens, mesh.sequence_degree))
-        exchanges = ("ring", "all_gather") if ring > 1 else ("ring",)
-        for shards, chunks, exchange in product(cuts, (1, 3) if ulysses > 1 else (1,), exchanges):
-            layer.strategy = replace(layer.strategy, head_chunks=chunks, kv_exchange=exchange)
+        strategies = (SequenceParallelStrategy, AllGatherKVStrategy)[: 2 if ring > 1 else 1]
+        for shards, chunks, strategy in product(cuts, (1, 3) if ulysses > 1 else (1,), strategies):
+            layer.strategy = strategy(mesh, layer.strategy.block, head_chunks=chunks)
             first, last = shards.range_of(mesh.sequence_rank)
             held = shards.lengths[mesh.sequence_rank]
             # What a framework pads with is its own affair: NaN here shows if a padding token is ever attended.
@@ -174,16 +175,15 @@ def _check_masks(rank: int, ulysses: int, ring: int) -> None:
                 assert mask is not None
                 return kernel(q, k, v, mask, 0.25)
 
-            for exchange in ("ring", "all_gather"):
+            for kind in (SequenceParallelStrategy, AllGatherKVStrategy):
                 # What is not written must not be read: fresh buffers hold NaN.
                 with mock.patch.object(Tensor, "new_empty", _new_nan):
-                    exchanging = replace(strategy, kv_exchange=exchange)
-                    out = exchanging.attend(attend, ql, kl, vl, mask, ring_shards)
+                    out = kind(mesh, strategy.block).attend(attend, ql, kl, vl, mask, ring_shards)
                 out = strategy.post_attention(out, context)[:, : last - first]
                 if last > first:
                     # A shard may hold fewer values than the whole: compare with the whole's error, on its scale.
                     difference = (out.double() - expected[:, first:last]).square().mean().sqrt()
-                    assert difference <= 4 * reference_error * expected.square().mean().sqrt(), (length, exchange)
+                    assert difference <= 4 * reference_error * expected.square().mean().sqrt(), (length, kind)
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), MESHES)

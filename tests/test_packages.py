@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from sp_sparse.kernels import packages
-from sp_sparse.kernels.packages import missing_package
+from sp_sparse.kernels import checks
+from sp_sparse.kernels.checks import missing_package
 from sp_sparse.kernels.registry import (
+    KERNELS,
     KernelRequest,
     check_returns_lse,
-    kernel_names,
     load_kernel,
     select_kernel,
     why_not,
@@ -38,13 +38,13 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(distribution: str) -> str:
         raise PackageNotFoundError(distribution)
 
-    monkeypatch.setattr(packages, "version", version)
+    monkeypatch.setattr(checks, "version", version)
 
 
 @pytest.fixture
 def package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A package of version 1.2.0 whose module is `some_package.py` in this folder."""
-    monkeypatch.setattr(packages, "version", lambda distribution: "1.2.0")
+    monkeypatch.setattr(checks, "version", lambda distribution: "1.2.0")
     monkeypatch.syspath_prepend(tmp_path)
     return tmp_path / "some_package.py"
 
@@ -143,6 +143,6 @@ def test_blackwell_takes_one_block_size(
 
 
 def test_all_built_in_kernels_serve_a_ring() -> None:
-    assert {"fa4", "triton", "flashinfer", "reference"} <= set(kernel_names())
+    assert {"fa4", "triton", "flashinfer", "reference"} <= set(KERNELS.names())
     for name in ("fa4", "flashinfer"):
         check_returns_lse(name)

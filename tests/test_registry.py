@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sp_sparse import BlockMask, SequenceParallelMesh, SparseAttention, SparseAttentionConfig
+from sp_sparse import BlockMask, SequenceParallelMesh, SparseAttention, SparseAttentionConfig, plugins
 from sp_sparse.kernels import registry
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
-from sp_sparse.kernels.registry import KernelRequest, kernel_names, load_kernel, select_kernel, why_not
+from sp_sparse.kernels.registry import KernelRequest, load_kernel, select_kernel, why_not
 
 CPU = KernelRequest(torch.device("cpu"), torch.float32, 64, (128, 128), needs_lse=False)
 
@@ -61,14 +61,18 @@ class MissingKernel(ReferenceKernel):
 @pytest.fixture(autouse=True)
 def _only_these_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in kernels of this machine would make the texts depend on it."""
-    monkeypatch.setattr(registry, "BUILT_IN", {"reference": "sp_sparse.kernels.reference:ReferenceKernel"})
+    _build_in(monkeypatch, {"reference": "sp_sparse.kernels.reference:ReferenceKernel"})
     monkeypatch.setattr(registry, "AUTO_ORDER", ("reference",))
+
+
+def _build_in(monkeypatch: pytest.MonkeyPatch, kernels: dict[str, str]) -> None:
+    monkeypatch.setattr(registry, "KERNELS", replace(registry.KERNELS, built_in=kernels))
 
 
 def _offer(monkeypatch: pytest.MonkeyPatch, **paths: str) -> None:
     """Install entry points."""
-    points = [EntryPoint(name, path, registry.ENTRY_POINT_GROUP) for name, path in paths.items()]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "sp_sparse.kernels" else [])
+    points = [EntryPoint(name, path, registry.KERNELS.group) for name, path in paths.items()]
+    monkeypatch.setattr(plugins, "entry_points", lambda group: points if group == "sp_sparse.kernels" else [])
 
 
 def _layer(backend: str, ring: int = 1) -> SparseAttention:
@@ -80,12 +84,12 @@ def _layer(backend: str, ring: int = 1) -> SparseAttention:
 
 def test_built_in() -> None:
     assert isinstance(load_kernel("reference"), ReferenceKernel)
-    assert kernel_names()[0] == "reference"
+    assert registry.KERNELS.names()[0] == "reference"
 
 
 def test_every_built_in_is_in_auto_and_named_as_it_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    assert set(registry.AUTO_ORDER) <= set(registry.BUILT_IN)
+    assert set(registry.AUTO_ORDER) <= set(registry.KERNELS.built_in)
     assert registry.AUTO_ORDER[-1] == "reference", "what runs everywhere comes last"
     assert load_kernel("reference").info.name == "reference"
 
@@ -123,14 +127,14 @@ def test_class_path_that_cannot_be_loaded(path: str, reason: str) -> None:
 
 def test_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, zeta="tests.test_registry:PlainKernel", alpha="tests.test_registry:NoLseKernel")
-    assert kernel_names() == ("reference", "alpha", "zeta")
+    assert registry.KERNELS.names() == ("reference", "alpha", "zeta")
     assert isinstance(load_kernel("zeta"), PlainKernel)
     assert isinstance(select_kernel("alpha", CPU), NoLseKernel)
 
 
 def test_entry_point_does_not_replace_a_built_in(monkeypatch: pytest.MonkeyPatch) -> None:
     _offer(monkeypatch, reference="tests.test_registry:PlainKernel")
-    assert kernel_names() == ("reference",)
+    assert registry.KERNELS.names() == ("reference",)
     assert type(load_kernel("reference")) is ReferenceKernel
 
 
@@ -202,7 +206,7 @@ def test_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_nothing_can_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "BUILT_IN", {"narrow": "tests.test_registry:NarrowKernel"})
+    _build_in(monkeypatch, {"narrow": "tests.test_registry:NarrowKernel"})
     monkeypatch.setattr(registry, "AUTO_ORDER", ("narrow",))
     _offer(monkeypatch)
     with pytest.raises(ValueError, match=r"'narrow' cannot run here: device cpu .*; no installed backend can"):
@@ -217,7 +221,7 @@ def test_auto_takes_the_first_that_runs_and_logs_it(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kernels = {"narrow": "NarrowKernel", "nolse": "NoLseKernel", "plain": "PlainKernel", "reference": "ReferenceKernel"}
-    monkeypatch.setattr(registry, "BUILT_IN", {n: f"tests.test_registry:{c}" for n, c in kernels.items()})
+    _build_in(monkeypatch, {n: f"tests.test_registry:{c}" for n, c in kernels.items()})
     monkeypatch.setattr(registry, "AUTO_ORDER", tuple(kernels))
     with caplog.at_level(logging.INFO, logger="sp_sparse"):
         assert isinstance(select_kernel("auto", replace(CPU, needs_lse=True)), PlainKernel)

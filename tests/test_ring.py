@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sp_sparse.parallel import ring as ring_module
-from sp_sparse.parallel.ring import ring_attention
+from sp_sparse.parallel.merge import PartialResults
+from sp_sparse.parallel.ring import ring_hops
 from sp_sparse.parallel.streams import SideStream
 from tests.cases import random_tensors
 from tests.oracle import assert_close, masked_attention, relative_error
@@ -32,25 +33,25 @@ def _check_ring(rank: int, ring: int) -> None:
         query = random_tensors(2, 6, 1, 3, 8, rank, torch.float64)[0]
         edges = [sum(held[:i]) for i in range(ring + 1)]
         owners: list[int] = []
-
-        def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
-            part = slice(edges[owner], edges[owner + 1])  # noqa: B023
-            assert torch.equal(k, key[:, part]), (rank, owner)  # noqa: B023
-            assert torch.equal(v, value[:, part]), (rank, owner)  # noqa: B023
-            owners.append(owner)  # noqa: B023
-            mask = torch.ones(2, 3, 6, k.shape[1], dtype=torch.bool)
-            return masked_attention(query, k, v, mask, 0.3)  # noqa: B023
-
         mine = slice(edges[rank], edges[rank + 1])
-        out, lse = ring_attention(attend, key[:, mine], value[:, mine], held, world_group(), SIDE)
+        results = PartialResults(sum(length > 0 for length in held), torch.float64)
+        for owner, k, v in ring_hops(key[:, mine], value[:, mine], held, world_group(), SIDE):
+            part = slice(edges[owner], edges[owner + 1])
+            assert torch.equal(k, key[:, part]), (rank, owner)
+            assert torch.equal(v, value[:, part]), (rank, owner)
+            owners.append(owner)
+            mask = torch.ones(2, 3, 6, k.shape[1], dtype=torch.bool)
+            results.add(*masked_attention(query, k, v, mask, 0.3))
+        out, lse = results.out, results.lse
         assert owners == [(rank - hop) % ring for hop in range(ring) if held[(rank - hop) % ring]]
         everything = torch.ones(2, 3, 6, sum(held), dtype=torch.bool)
         expected, expected_lse = masked_attention(query, key, value, everything, 0.3)
         assert relative_error(out, expected) < 1e-14
         assert relative_error(lse, expected_lse) < 1e-14
     empty = torch.zeros(2, 0, 3, 8)
+    assert not list(ring_hops(empty, empty, (0,) * ring, world_group(), SIDE))
     with pytest.raises(ValueError, match="every shard of the ring is empty"):
-        ring_attention(attend, empty, empty, (0,) * ring, world_group(), SIDE)
+        PartialResults(0, torch.float32).out  # noqa: B018
 
 
 @pytest.mark.parametrize("ring", LENGTHS)
@@ -62,12 +63,11 @@ def _check_half_precision(rank: int, ring: int) -> None:
     """Partial results add up in fp32: eight hops err hardly more than one rounding to bf16."""
     query, key, value = random_tensors(1, 40, 40 * ring, 3, 16, 1, torch.bfloat16)
     mine = slice(40 * rank, 40 * (rank + 1))
-
-    def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
+    results = PartialResults(ring, torch.bfloat16)
+    for _, k, v in ring_hops(key[:, mine], value[:, mine], (40,) * ring, world_group(), SIDE):
         out, lse = masked_attention(query, k, v, torch.ones(1, 3, 40, 40, dtype=torch.bool), 0.1, torch.float32)
-        return out.bfloat16(), lse
-
-    out, lse = ring_attention(attend, key[:, mine], value[:, mine], (40,) * ring, world_group(), SIDE)
+        results.add(out.bfloat16(), lse)
+    out, lse = results.out, results.lse
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
     everything = torch.ones(1, 3, 40, 40 * ring, dtype=torch.bool)
     expected, expected_lse = masked_attention(query, key, value, everything, 0.1)
@@ -124,13 +124,9 @@ def test_every_message_is_waited_for_before_its_memory_is_used(ring: int, monkey
         monkeypatch.setattr(ring_module, "dist", network)
         seen: list[tuple[float, float, int]] = []
         in_flight: list[int] = []
-
-        def attend(k: Tensor, v: Tensor, owner: int) -> tuple[Tensor, Tensor]:
-            seen.append((k[0, 0, 0, 0].item(), v[0, 0, 0, 0].item(), owner))  # noqa: B023
-            in_flight.append(len(network.flying))  # noqa: B023
-            return torch.zeros(1, 3, 1, 1), torch.zeros(1, 1, 3)
-
-        ring_attention(attend, *shards[rank], (2,) * ring, object(), network)  # type: ignore[arg-type]
+        for owner, k, v in ring_hops(*shards[rank], (2,) * ring, object(), network):  # type: ignore[arg-type]
+            seen.append((k[0, 0, 0, 0].item(), v[0, 0, 0, 0].item(), owner))
+            in_flight.append(len(network.flying))
         owners = [(rank - hop) % ring for hop in range(ring)]
         assert seen == [(owner + 0.25, owner + 0.5, owner) for owner in owners]
         assert in_flight == [2] * (ring - 1) + [0], "the next shard travels while this one is attended"

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sp_sparse.mask import num_blocks
 from sp_sparse.selection import summaries
-from sp_sparse.selection.static import StaticBlocks, select_static, static_rows
+from sp_sparse.selection.static import StaticBlocks, static_rows
 from sp_sparse.selection.summaries import block_means, block_scores
 from sp_sparse.selection.topk import blocks_kept, select_topk
+from sp_sparse.selection.window import select_static
 from tests.cases import seeded
 
 CPU = torch.device("cpu")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from sp_sparse import SequenceParallelMesh, SequenceShards
 from sp_sparse.mask import num_blocks
-from sp_sparse.parallel import realign as realign_module
-from sp_sparse.parallel.realign import realign
+from sp_sparse.parallel import collectives
+from sp_sparse.parallel.collectives import realign
 from sp_sparse.parallel.shards import overlap, split_evenly
 from sp_sparse.parallel.strategy import ParallelContext, SequenceParallelStrategy
 from sp_sparse.parallel.streams import Pending, SideStream
@@ -179,7 +179,7 @@ def test_realign_waits_for_what_arrives(monkeypatch: pytest.MonkeyPatch) -> None
     fake.get_global_rank = staticmethod(lambda group, rank: rank)  # type: ignore[attr-defined]
     fake.batch_isend_irecv = staticmethod(exchange)  # type: ignore[attr-defined]
     fake.P2POp = type("P2POp", (), {"__init__": _remember_operation})  # type: ignore[attr-defined]
-    monkeypatch.setattr(realign_module, "dist", fake)
+    monkeypatch.setattr(collectives, "dist", fake)
     (x,) = realign((_shard(whole, source, 0, NAN),), source, target, object())  # type: ignore[arg-type]
     assert torch.equal(x, whole[:, :20])
 
@@ -243,11 +243,10 @@ def _check_ulysses_waits(rank: int) -> None:
     x = torch.ones(1, 8, 4, 8)
     attended: list[list[str]] = []
 
-    def body(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, ring_shards: SequenceShards) -> torch.Tensor:
+    exchange = strategy.exchange(x, x, x, shards)
+    for q, _, _, _ in exchange:
         attended.append(list(side.joins))
-        return q
-
-    strategy.run(body, x, x, x, shards)
+        exchange.give_back(q)
     # Gathering 1, gathering 2 under way, scattering 3, scattering 4.
     assert attended == [["1"], ["1", "2"]]
     assert side.joins == ["1", "2", "3", "4"]
@@ -320,17 +319,6 @@ def _fake_mesh(ulysses: int) -> SequenceParallelMesh:
     mesh = SequenceParallelMesh()
     object.__setattr__(mesh, "ulysses_degree", ulysses)
     return mesh
-
-
-def test_strategy_names() -> None:
-    names = {}
-    for ulysses, ring in ((1, 1), (2, 1), (1, 2), (2, 2)):
-        mesh = _fake_mesh(ulysses)
-        object.__setattr__(mesh, "ring_degree", ring)
-        strategy = SequenceParallelStrategy(mesh, 16)
-        names[ulysses, ring] = strategy.name
-        assert strategy.enabled == (ulysses * ring > 1)
-    assert names == {(1, 1): "none", (2, 1): "ulysses", (1, 2): "ring", (2, 2): "ulysses+ring"}
 
 
 def test_strategy_refuses_shards_that_do_not_fit() -> None:

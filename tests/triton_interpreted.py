@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from sp_sparse.kernels.triton import TritonKernel
-from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
 from sp_sparse.selection.summaries import block_means_torch
+from sp_sparse.selection.triton_means import block_means_triton, takes_tokens
 from tests.triton_means_cases import CASES, make_tokens
 from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem
 

@@ -94,7 +94,7 @@ class _GridBenchmark:
     ) -> Measurement:
         recorder = AttentionRecorder()
         make_layer(self._arguments, mesh, backend, density, exchange, recorder)(*inputs[0], grid=self._grid)
-        summary = recorder.summary(mesh)
+        summary = recorder.summary(mesh.groups)
         kernel, measured_density = next(iter(summary["calls"])), summary["densities"][0]["density"]
         layer = make_layer(self._arguments, mesh, backend, density, exchange)
         times = self._timer(lambda number: layer(*inputs[number % len(inputs)], grid=self._grid))

@@ -59,7 +59,7 @@ def measure_breakdown(
     query_block, key_block = block_size = layer.config.block_size
     q, k, v, shards, _ = layer.strategy.pre_attention(*inputs, layer.shards(grid))
     lengths = q.shape[1], shards.sequence_length
-    static = layer._static_blocks(grid, shards, q.device)
+    static = layer._static_plans.blocks(grid, shards.range_of(layer.mesh.ring_rank), q.device)
     query_means = block_means(q, query_block)
     key_means = layer.strategy.gather_blocks(block_means(k, key_block), shards, key_block)
     scores = block_scores(query_means, key_means)

@@ -44,7 +44,7 @@ def _timeline(
     inputs = shard_inputs(arguments, mesh, grid, ranks)
     recorder = AttentionRecorder()
     make_layer(arguments, mesh, backend, density, recorder=recorder)(*inputs, grid=grid)
-    summary = recorder.summary(mesh)
+    summary = recorder.summary(mesh.groups)
     layer = make_layer(arguments, mesh, backend, density)
     for _ in range(arguments.warmup):
         layer(*inputs, grid=grid)

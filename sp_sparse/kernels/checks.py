@@ -1,9 +1,15 @@
-"""What every compiled kernel does before it launches: refuse what would be wrong, and answer what needs no launch."""
+"""What compiled kernels do before they launch: see whether their package is there, refuse what would be wrong, and answer
+what needs no launch."""
 
 from __future__ import annotations
 
+import functools
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from sp_sparse.mask import BlockMask
 
@@ -47,3 +53,28 @@ def positive_scale(query: Tensor, scale: float) -> tuple[Tensor, float]:
     if scale > 0:
         return query, scale
     return (-query, -scale) if scale else (torch.zeros_like(query), 1.0)
+
+
+@functools.cache
+def missing_package(distribution: str, module: str, minimum: str, extra: str) -> str | None:
+    """Why `module` cannot be used, with what to install, or None.
+
+    The module is imported only where its package is installed and new enough. What an import raises is told, not hidden.
+
+    Args:
+        distribution: name of the package as pip knows it.
+        module: what is imported from it.
+        minimum: oldest version that will do.
+        extra: the extra of sp-sparse that installs it.
+    """
+    try:
+        found = version(distribution)
+    except PackageNotFoundError:
+        return f'{distribution} is not installed; pip install "sp-sparse[{extra}]"'
+    if TorchVersion(found) < minimum:
+        return f'{distribution} {found} is older than {minimum}; pip install --upgrade "sp-sparse[{extra}]"'
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken installation raises anything: OSError, RuntimeError, AttributeError, …
+        return f"{distribution} {found} is installed but cannot be imported: {type(error).__name__}: {error}"
+    return None

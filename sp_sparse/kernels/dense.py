@@ -5,8 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sp_sparse.kernels.base import Kernel
+from sp_sparse.mask import BlockMask
+
 # Elements of the largest temporary on a device without a fused kernel that returns the LSE.
 _BUDGET = 1 << 24
+
+
+def attend_mask(
+    kernel: Kernel, scale: float, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask | None
+) -> tuple[Tensor, Tensor | None]:
+    """(out, lse) of `kernel` under a mask, of torch's dense attention where there is none."""
+    return dense_attention(query, key, value, scale) if mask is None else kernel(query, key, value, mask, scale)
 
 
 def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

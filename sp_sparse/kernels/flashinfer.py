@@ -18,8 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sp_sparse.kernels.base import KernelInfo
-from sp_sparse.kernels.checks import check_tensors, positive_scale, without_launch
-from sp_sparse.kernels.packages import missing_package
+from sp_sparse.kernels.checks import check_tensors, missing_package, positive_scale, without_launch
 from sp_sparse.mask import BlockMask
 
 if TYPE_CHECKING:

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import entry_points
 
 import torch
 
 from sp_sparse.kernels.base import Kernel
+from sp_sparse.plugins import Plugins
 
 logger = logging.getLogger(__name__)
 
-ENTRY_POINT_GROUP = "sp_sparse.kernels"
-
-BUILT_IN = {
-    "fa4": "sp_sparse.kernels.fa4:FA4Kernel",
-    "triton": "sp_sparse.kernels.triton:TritonKernel",
-    "flashinfer": "sp_sparse.kernels.flashinfer:FlashInferKernel",
-    "reference": "sp_sparse.kernels.reference:ReferenceKernel",
-}
+KERNELS = Plugins(
+    "sparse attention backend",
+    "sp_sparse.kernels",
+    {
+        "fa4": "sp_sparse.kernels.fa4:FA4Kernel",
+        "triton": "sp_sparse.kernels.triton:TritonKernel",
+        "flashinfer": "sp_sparse.kernels.flashinfer:FlashInferKernel",
+        "reference": "sp_sparse.kernels.reference:ReferenceKernel",
+    },
+    other_names=("auto", "none"),
+)
 
 # `auto` takes the first of these that runs: fastest first, as measured in docs/benchmarks.
 AUTO_ORDER = ("fa4", "triton", "flashinfer", "reference")
@@ -46,38 +48,13 @@ class KernelRequest:
     needs_lse: bool
 
 
-def kernel_names() -> tuple[str, ...]:
-    """Built-in kernels, then those that other installed packages offer."""
-    others = [point.name for point in entry_points(group=ENTRY_POINT_GROUP) if point.name not in BUILT_IN]
-    return (*BUILT_IN, *sorted(others))
-
-
 def load_kernel(name: str) -> Kernel:
     """The kernel called `name`: built in, an entry point of `sp_sparse.kernels`, or a class path `package.module:Class`.
 
     Raises:
-        ValueError: nothing has this name, or a class path that cannot be imported.
+        ValueError: nothing has this name, or a class that cannot be imported.
     """
-    path = BUILT_IN.get(name)
-    if path is None:
-        for point in entry_points(group=ENTRY_POINT_GROUP):
-            if point.name == name:
-                try:
-                    kernel: Kernel = point.load()()
-                except (ImportError, AttributeError) as error:
-                    raise ValueError(f"sparse attention backend {name!r} cannot be loaded: {error}") from error
-                return kernel
-        if ":" not in name:
-            raise ValueError(
-                f"unknown sparse attention backend {name!r}; use one of {', '.join(('auto', 'none', *kernel_names()))}, "
-                "or a class path package.module:Class"
-            )
-        path = name
-    module, _, attribute = path.partition(":")
-    try:
-        kernel = getattr(importlib.import_module(module), attribute)()
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"sparse attention backend {name!r} cannot be loaded: {error}") from error
+    kernel: Kernel = KERNELS.load(name)()
     return kernel
 
 
@@ -162,7 +139,7 @@ def _remedy(request: KernelRequest) -> str:
 def _loadable() -> dict[str, Kernel]:
     """The kernels that a remedy may name: one that cannot be loaded must not hide the error that is being told."""
     kernels = {}
-    for name in kernel_names():
+    for name in KERNELS.names():
         with suppress(ValueError):
             kernels[name] = load_kernel(name)
     return kernels

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sp_sparse.mask import BlockMask, num_blocks
-from sp_sparse.parallel.gather import all_gather_uneven
-from sp_sparse.parallel.gathered import gathered_attention
+from sp_sparse.parallel.collectives import all_gather_uneven, realign
+from sp_sparse.parallel.merge import PartialResults
 from sp_sparse.parallel.mesh import SequenceParallelMesh
-from sp_sparse.parallel.realign import realign
-from sp_sparse.parallel.ring import ring_attention
+from sp_sparse.parallel.ring import ring_hops
 from sp_sparse.parallel.shards import SequenceShards, split_evenly
 from sp_sparse.parallel.ulysses import (
     Gathering,
@@ -26,6 +25,9 @@ from sp_sparse.parallel.ulysses import (
 
 # (query, key, value, mask or None for dense) -> (out, lse or None)
 Attend = Callable[[Tensor, Tensor, Tensor, "BlockMask | None"], "tuple[Tensor, Tensor | None]"]
+
+# Some of the keys, their values, and the mask's columns of them, None for dense.
+Part = tuple[Tensor, Tensor, "BlockMask | None"]
 
 
 @dataclass(frozen=True)
@@ -49,27 +51,17 @@ class SequenceParallelStrategy:
 
     `pre_attention` turns this rank's tokens of all heads into the ring shard of some heads, starting at a block edge;
     `attend` runs a kernel over every key; `post_attention` turns the output back into this rank's tokens of all heads.
+    `exchange` is all of a call's `pre_attention` and `post_attention`, in parts where that hides communication.
 
     Attributes:
         mesh: the process groups.
         block: tokens to a multiple of which ring shards start: a multiple of both block sizes of the masks.
-        kv_exchange: how ring ranks come by the others' keys and values: `ring`, or `all_gather`.
-        head_chunks: in how many parts `run` exchanges a rank's heads under Ulysses alone, each while another is attended.
+        head_chunks: in how many parts a rank's heads are exchanged under Ulysses alone, each while another is attended.
     """
 
     mesh: SequenceParallelMesh
     block: int
-    kv_exchange: str = "ring"
     head_chunks: int = 2
-
-    @property
-    def enabled(self) -> bool:
-        return self.mesh.sequence_degree > 1
-
-    @property
-    def name(self) -> str:
-        names = [n for n in ("ulysses", "ring") if getattr(self.mesh, f"{n}_degree") > 1]
-        return "+".join(names) or "none"
 
     def heads(self, num_heads: int) -> tuple[int, ...]:
         """Heads that each rank of the Ulysses group attends.
@@ -102,7 +94,7 @@ class SequenceParallelStrategy:
             (ranges,) = head_ranges(heads)
             # A ring sends keys and values on, and so wants each of them contiguous; else all travel together.
             messages = [tensors] if self.mesh.ring_group is None else [(x,) for x in tensors]
-            pending = [self._start_gather(message, metadata, ranges, self.mesh.ulysses_group) for message in messages]
+            pending = [self.start_gather(message, metadata, ranges, self.mesh.ulysses_group) for message in messages]
             tensors = tuple(x for gathering in pending for x in gathering.finish())
         aligned = gathered.realigned(self.block)
         if aligned != gathered:
@@ -112,7 +104,7 @@ class SequenceParallelStrategy:
 
     def attend(
         self,
-        attend: Attend,
+        kernel: Attend,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -122,28 +114,26 @@ class SequenceParallelStrategy:
         """Attention of this ring shard's queries over all keys, `[B, S_ring, H_rank, D]`.
 
         Args:
-            attend: the kernel; under ring it must return the LSE.
+            kernel: attends some keys; under a ring it must return the LSE.
             query, key, value, metadata: as `pre_attention` returns them.
             mask: over this shard's query blocks and all key blocks of the sequence; None attends everything.
         """
         if self.mesh.ring_group is None:
-            return attend(query, key, value, mask)[0]
-        group, lengths = self.mesh.ring_group, metadata.lengths
+            return kernel(query, key, value, mask)[0]
+        count, parts = self.parts(key, value, mask, metadata, self.mesh.ring_group)
+        results = PartialResults(count, key.dtype)
+        for part_key, part_value, part_mask in parts:
+            results.add(*kernel(query, part_key, part_value, part_mask))
+        return results.out
 
-        def attend_keys(keys: Tensor, values: Tensor, part: BlockMask | None) -> tuple[Tensor, Tensor]:
-            out, lse = attend(query, keys, values, part)
-            if lse is None:
-                raise ValueError("the kernel returned no LSE, which ring parallelism needs; use one that does")
-            return out, lse
-
-        if self.kv_exchange == "all_gather":
-            return gathered_attention(attend_keys, key, value, mask, lengths, group)[0]
-        hops = None if mask is None else mask.split_keys(metadata.edges)
-
-        def attend_shard(keys: Tensor, values: Tensor, owner: int) -> tuple[Tensor, Tensor]:
-            return attend_keys(keys, values, None if hops is None else hops[owner])
-
-        return ring_attention(attend_shard, key, value, lengths, group, self.mesh.side_stream(key.device))[0]
+    def parts(
+        self, key: Tensor, value: Tensor, mask: BlockMask | None, metadata: SequenceShards, group: ProcessGroup
+    ) -> tuple[int, Iterator[Part]]:
+        """How many parts the keys of the ring come in, and each as it arrives: a shard a hop."""
+        columns = None if mask is None else mask.split_keys(metadata.edges)
+        hops = ring_hops(key, value, metadata.lengths, group, self.mesh.side_stream(key.device))
+        parts = ((k, v, None if columns is None else columns[owner]) for owner, k, v in hops)
+        return sum(length > 0 for length in metadata.lengths), parts
 
     def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
         """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""
@@ -152,55 +142,25 @@ class SequenceParallelStrategy:
             (out,) = realign((out,), aligned, context.gathered, self.mesh.ring_group)
         if self.mesh.ulysses_group is not None:
             (ranges,) = head_ranges(context.heads)
-            result = self._empty_out(out, context.shards, sum(context.heads))
-            self._start_scatter(out, result, context.shards, ranges, self.mesh.ulysses_group).finish()
+            result = self.empty_out(out, context.shards, sum(context.heads))
+            self.start_scatter(out, result, context.shards, ranges, self.mesh.ulysses_group).finish()
             return result
         return out
 
-    def run(
-        self,
-        body: Callable[[Tensor, Tensor, Tensor, SequenceShards], Tensor],
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        metadata: SequenceShards,
-    ) -> Tensor:
-        """`pre_attention`, `body`, `post_attention`; under Ulysses alone some heads are exchanged while others are attended.
-
-        Args:
-            body: (query, key, value, cut over the ring) -> out, as between `pre_attention` and `post_attention`; it is
-                called once for every chunk of this rank's heads.
-            query, key, value, metadata: as for `pre_attention`.
-        """
+    def exchange(self, query: Tensor, key: Tensor, value: Tensor, metadata: SequenceShards) -> Exchange:
+        """Everything between this rank's tokens and attention, there and back; arguments as for `pre_attention`."""
         heads = self.heads(query.shape[2])
-        group = self.mesh.ulysses_group
         gathered = metadata.grouped(self.mesh.ulysses_degree)
         # Within a ring two communicators would be at work at once, which NCCL may answer with a deadlock.
         chunks = 1 if self.mesh.ring_group is not None else min(self.head_chunks, *heads)
+        group = self.mesh.ulysses_group
         if group is None or chunks == 1 or gathered.realigned(self.block) != gathered:
-            q, k, v, ring_shards, context = self.pre_attention(query, key, value, metadata)
-            return self.post_attention(body(q, k, v, ring_shards), context)
+            return Exchange(self, query, key, value, metadata)
         self._check_held(query, metadata)
-        tensors = query, key, value
-        ranges = head_ranges(heads, chunks)
-        result: Tensor | None = None
-        returning = []
-        arriving = self._start_gather(tensors, metadata, ranges[0], group)
-        for chunk in range(chunks):
-            q, k, v = arriving.finish()
-            if chunk + 1 < chunks:
-                arriving = self._start_gather(tensors, metadata, ranges[chunk + 1], group)
-            out = body(q, k, v, gathered)
-            if result is None:
-                result = self._empty_out(query, metadata, query.shape[2])
-            returning.append(self._start_scatter(out, result, metadata, ranges[chunk], group))
-        for scattering in returning:
-            scattering.finish()
-        assert result is not None
-        return result
+        return ChunkedExchange(self, query, key, value, metadata, head_ranges(heads, chunks), group)
 
     def gather_blocks(self, summaries: Tensor, metadata: SequenceShards, block: int) -> Tensor:
-        """Put the block summaries of every ring shard together: `[B, H, N_shard, D]` -> `[B, H, N, D]`."""
+        """Put the block summaries of every ring shard together: `[B, H, N_shard, ...]` -> `[B, H, N, ...]`."""
         group = self.mesh.ring_group
         if group is None:
             return summaries
@@ -211,19 +171,22 @@ class SequenceParallelStrategy:
         """Tokens of key and value that a rank brings beside so many queries."""
         return query_tokens
 
-    def _start_gather(
+    def start_gather(
         self, tensors: tuple[Tensor, ...], shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup
     ) -> Gathering:
+        """Begin to give away heads and receive tokens: `ranges` are the heads that each rank is to receive."""
         return start_gather(
             tensors, self._group_tokens(shards), ranges, group, self.mesh.side_stream(tensors[0].device)
         )
 
-    def _start_scatter(
+    def start_scatter(
         self, x: Tensor, out: Tensor, shards: SequenceShards, ranges: HeadRanges, group: ProcessGroup
     ) -> Scattering:
+        """Begin to return `x`, this rank's heads of the group's tokens, into `out`, this rank's tokens of all heads."""
         return start_scatter(x, out, self._group_tokens(shards), ranges, group, self.mesh.side_stream(x.device))
 
-    def _empty_out(self, like: Tensor, shards: SequenceShards, num_heads: int) -> Tensor:
+    def empty_out(self, like: Tensor, shards: SequenceShards, num_heads: int) -> Tensor:
+        """Room for this rank's tokens of all heads."""
         return like.new_empty(like.shape[0], shards.lengths[self.mesh.sequence_rank], num_heads, like.shape[3])
 
     def _group_tokens(self, shards: SequenceShards) -> tuple[int, ...]:
@@ -241,3 +204,78 @@ class SequenceParallelStrategy:
                 f"rank {rank} holds {query.shape[1]} tokens but its shard of {shards.lengths} is {shards.lengths[rank]}; "
                 "cut the sequence with SequenceShards.aligned, or pass the cut you made as `shards`"
             )
+
+
+class Exchange:
+    """One call's tokens on their way to attention and back: `pre_attention` and `post_attention` around a loop.
+
+    ```
+    exchange = strategy.exchange(query, key, value, shards)
+    for q, k, v, ring_shards in exchange:
+        exchange.give_back(attended)
+    exchange.out
+    ```
+    """
+
+    def __init__(
+        self, strategy: SequenceParallelStrategy, query: Tensor, key: Tensor, value: Tensor, metadata: SequenceShards
+    ) -> None:
+        self._strategy, self._tensors, self._metadata = strategy, (query, key, value), metadata
+        self._context: ParallelContext | None = None
+        self._out: Tensor | None = None
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, SequenceShards]]:
+        """The query, key and value to attend, `[B, S_ring, heads, D]` each, and the cut of the sequence over the ring."""
+        query, key, value, ring_shards, self._context = self._strategy.pre_attention(*self._tensors, self._metadata)
+        yield query, key, value, ring_shards
+
+    def give_back(self, out: Tensor) -> None:
+        """What attention made of the tensors that were yielded last, `[B, S_ring, heads, D]`."""
+        assert self._context is not None, "called within the loop"
+        self._out = self._strategy.post_attention(out, self._context)
+
+    @property
+    def out(self) -> Tensor:
+        """This rank's tokens of all heads, `[B, S_rank, H, D]`, once the loop has ended."""
+        assert self._out is not None, "read after the loop"
+        return self._out
+
+
+class ChunkedExchange(Exchange):
+    """Under Ulysses alone: some of a rank's heads are exchanged while others are attended."""
+
+    def __init__(
+        self,
+        strategy: SequenceParallelStrategy,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        metadata: SequenceShards,
+        ranges: Sequence[HeadRanges],
+        group: ProcessGroup,
+    ) -> None:
+        """`ranges`: for each chunk, the heads that each rank of the Ulysses group attends."""
+        super().__init__(strategy, query, key, value, metadata)
+        self._ranges, self._group = ranges, group
+        self._returning: list[Scattering] = []
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Tensor, SequenceShards]]:
+        gathered = self._metadata.grouped(self._strategy.mesh.ulysses_degree)
+        arriving = self._start_gather(0)
+        for chunk in range(len(self._ranges)):
+            query, key, value = arriving.finish()
+            if chunk + 1 < len(self._ranges):
+                arriving = self._start_gather(chunk + 1)
+            yield query, key, value, gathered
+        for scattering in self._returning:
+            scattering.finish()
+
+    def give_back(self, out: Tensor) -> None:
+        if self._out is None:
+            query = self._tensors[0]
+            self._out = self._strategy.empty_out(query, self._metadata, query.shape[2])
+        ranges = self._ranges[len(self._returning)]
+        self._returning.append(self._strategy.start_scatter(out, self._out, self._metadata, ranges, self._group))
+
+    def _start_gather(self, chunk: int) -> Gathering:
+        return self._strategy.start_gather(self._tensors, self._metadata, self._ranges[chunk], self._group)

@@ -13,8 +13,7 @@ import math
 import torch
 from torch import Tensor
 
-from sp_sparse.kernels.triton_device import triton_runs_on
-from sp_sparse.kernels.triton_means import block_means_triton, takes_tokens
+from sp_sparse.device import triton_runs_on
 from sp_sparse.mask import num_blocks
 
 # Bits of a summary's entries in a score: two bytes each, which tensor cores multiply exactly.
@@ -35,8 +34,11 @@ def block_means(x: Tensor, block_size: int) -> Tensor:
     The mean of a block is computed as `int_sum * 2^(e - bits) * fp32(1 / tokens)`, where `2^e` bounds the largest
     absolute value of that block and head, and each value enters as an integer of `bits` bits.
     """
-    if triton_runs_on(x.device) and takes_tokens(x, block_size):
-        return block_means_triton(x, block_size)
+    if triton_runs_on(x.device):
+        from sp_sparse.selection.triton_means import block_means_triton, takes_tokens
+
+        if takes_tokens(x, block_size):
+            return block_means_triton(x, block_size)
     return block_means_torch(x, block_size)
 
 
@@ -62,7 +64,7 @@ def block_scores(query_means: Tensor, key_means: Tensor) -> Tensor:
     products of two such vectors, exact, and then rounded once to fp32.
     """
     if triton_runs_on(query_means.device):
-        from sp_sparse.kernels.triton_scores import HEAD_DIMS, block_scores_triton
+        from sp_sparse.selection.triton_scores import HEAD_DIMS, block_scores_triton
 
         if query_means.shape[3] in HEAD_DIMS:
             return block_scores_triton(query_means, key_means, _SCORE_BITS, _LARGEST, _LEAST_EXPONENT)

@@ -7,9 +7,38 @@ import math
 import torch
 from torch import Tensor
 
-from sp_sparse.kernels.triton_device import triton_runs_on
+from sp_sparse.config import SparseAttentionConfig
+from sp_sparse.device import triton_runs_on
 from sp_sparse.mask import BlockMask
+from sp_sparse.selection.base import SelectionRequest
 from sp_sparse.selection.static import StaticBlocks
+from sp_sparse.selection.summaries import block_means, block_scores
+
+
+class TopKSelector:
+    """Scores a pair of blocks by the product of their mean tokens (the coarse stage of Video Sparse Attention,
+    arXiv 2505.13389), here in exact arithmetic, and keeps the highest."""
+
+    def __init__(self, config: SparseAttentionConfig) -> None:
+        self._block_size = config.block_size
+
+    def summarize_queries(self, query: Tensor) -> Tensor:
+        return block_means(query, self._block_size[0])
+
+    def summarize_keys(self, key: Tensor) -> Tensor:
+        return block_means(key, self._block_size[1])
+
+    def select(self, queries: Tensor | None, keys: Tensor | None, request: SelectionRequest) -> BlockMask:
+        assert queries is not None, "made by summarize_queries"
+        assert keys is not None, "made by summarize_keys"
+        return select_topk(
+            block_scores(queries, keys),
+            request.static,
+            request.density,
+            self._block_size,
+            request.query_length,
+            request.key_length,
+        )
 
 
 def blocks_kept(density: float, num_key_blocks: int) -> int:
@@ -45,7 +74,7 @@ def select_topk(
 
 def _select_rows(scores: Tensor, static: StaticBlocks, keep: int, width: int) -> tuple[Tensor, Tensor]:
     if triton_runs_on(scores.device):
-        from sp_sparse.kernels.triton_topk import MOST_BLOCKS, select_rows_triton
+        from sp_sparse.selection.triton_topk import MOST_BLOCKS, select_rows_triton
 
         if 0 < scores.shape[-1] <= MOST_BLOCKS:
             return select_rows_triton(scores, static.rows, static.counts, keep, width)

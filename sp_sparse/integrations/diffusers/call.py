@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sp_sparse.attention import SparseAttention
-from sp_sparse.parallel.gather import gather_tokens
+from sp_sparse.parallel.collectives import gather_tokens
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.video import VideoGrid, inverse_order, token_order

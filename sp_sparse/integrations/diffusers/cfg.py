@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sp_sparse.parallel.gather import all_gather
+from sp_sparse.parallel.collectives import all_gather
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 

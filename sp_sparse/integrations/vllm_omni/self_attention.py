@@ -165,7 +165,7 @@ class SparseSelfAttention:
                 head_dim=self._head_size,
                 layer=self.layer or 0,
                 recorder=self._recorder,
-                whole_keys=place == "allgather",
+                all_gather_kv=place == "allgather",
             )
         return self._layers[place, heads]
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sp_sparse.kernels.triton_reduce import frexp_exponent, power_of_two, round_scaled
+from sp_sparse.selection.triton_means import frexp_exponent, power_of_two, round_scaled
 
 HEAD_DIMS = (64, 128)
 

@@ -1,4 +1,4 @@
-"""Where this package's Triton code beside the attention kernel runs: summaries, selection, mask tables, merge."""
+"""Where this package's Triton code beside the attention kernel runs: selection, mask tables, merge."""
 
 from __future__ import annotations
 
