@@ -21,8 +21,9 @@ class OpaqueCall:
         self.function = function
         number = next(_NUMBERS)
         _CALLS[number] = self
-        # A tensor, as an integer would be compiled into the graph, once a layer.
-        self._number = torch.tensor(number)
+        # A tensor, as an integer would be compiled into the graph, once a layer. On the CPU whatever device is the default
+        # one: reading it must not wait for a GPU, nor find nothing on `meta`.
+        self._number = torch.tensor(number, device="cpu")
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, *sizes: int) -> Tensor:
         if torch.compiler.is_compiling():

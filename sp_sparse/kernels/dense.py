@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sp_sparse.device import without_autocast
 from sp_sparse.kernels.base import Kernel
 from sp_sparse.mask import BlockMask
 
@@ -32,7 +33,8 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
         return torch.zeros_like(query), lse
     if query.numel() and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
         return _fused(query, key, value, scale)
-    return _sliced(query, key, value, scale)
+    with without_autocast(query.device):
+        return _sliced(query, key, value, scale)
 
 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:

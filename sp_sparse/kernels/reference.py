@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sp_sparse.device import without_autocast
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.mask import BlockMask
 
@@ -29,6 +30,12 @@ class ReferenceKernel:
     def __call__(
         self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float
     ) -> tuple[Tensor, Tensor | None]:
+        with without_autocast(query.device):
+            return self._attend(query, key, value, mask, scale)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: BlockMask, scale: float
+    ) -> tuple[Tensor, Tensor]:
         batch, query_length, heads, head_dim = query.shape
         compute = torch.float64 if query.dtype == torch.float64 else torch.float32
         out = torch.zeros(

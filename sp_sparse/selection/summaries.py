@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,4 +110,4 @@ def _power_of_two(exponent: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _reciprocal(count: int) -> float:
     """1 / count rounded to fp32, as every implementation must use it."""
-    return torch.tensor(1.0 / count, dtype=torch.float32).item()
+    return float(np.float32(1.0 / count))
