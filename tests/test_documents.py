@@ -14,7 +14,7 @@ from launch.serving.arguments import ServeArguments
 from sp_sparse import SparseAttentionConfig
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_every_flag_is_described() -> None:

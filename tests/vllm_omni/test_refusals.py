@@ -12,7 +12,7 @@ from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata, VideoTokenLayout, VideoTokenSpan
 from vllm_omni.diffusion.attention.layer import Attention
 
-from sp_sparse.integrations.vllm_omni import ring_hook
+from sp_sparse.integrations.vllm_omni import omni_attention, registration
 from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend, SparseAttentionImpl
 from tests.ranks import run_ranks
 from tests.vllm_omni.wan import Job, Mesh, built
@@ -73,7 +73,7 @@ def _check_ring(rank: int, spoil: Callable[[], Any], message: str) -> None:
 
 
 def _hook_that_does_not_hold() -> Any:
-    return mock.patch.object(ring_hook, "_place", return_value=None)
+    return mock.patch.object(omni_attention, "_place", return_value=None)
 
 
 def _other_parameters() -> Any:
@@ -105,7 +105,9 @@ def _not_called() -> Any:
     ],
 )
 def test_a_ring_without_its_hook_is_not_built(spoil: Callable[[], Any], message: str) -> None:
-    assert not hasattr(getattr(Attention, HOOKED), ring_hook._MARK), "nothing is replaced before a ring is asked for"
+    assert not hasattr(getattr(Attention, HOOKED), omni_attention._MARK), (
+        "nothing is replaced before a ring is asked for"
+    )
     run_ranks(2, _check_ring, spoil, message)
 
 
@@ -130,6 +132,24 @@ def _check_hook_leaves_others_alone(rank: int) -> None:
         other.attention, other.softmax_scale, other.causal = object(), 0.5, False
         Attention._run_ring_attention(other, "q", "k", "v", None)
         other.ring_runner.run_attention.assert_called_once_with("q", "k", "v", None, softmax_scale=0.5, causal=False)
+
+
+def _check_hook_goes_by_our_name_alone(rank: int) -> None:
+    """Not by a name that another backend may use for its own ring."""
+    with built(Mesh(ring=2), Job(GRID)):
+        other = mock.Mock(spec=["ring_runner", "softmax_scale", "causal", "attention"])
+        other.attention = mock.Mock(spec=["forward_ring", "run_attention", "ring"])
+        Attention._run_ring_attention(other, "q", "k", "v", None)
+        other.ring_runner.run_attention.assert_called_once()
+        assert not other.attention.mock_calls
+        other.attention = mock.Mock(spec=["sp_sparse_ring"])
+        Attention._run_ring_attention(other, "q", "k", "v", None)
+        other.attention.sp_sparse_ring.assert_called_once_with("q", "k", "v", None)
+        other.ring_runner.run_attention.assert_called_once()
+
+
+def test_the_hook_goes_by_our_name_alone() -> None:
+    run_ranks(2, _check_hook_goes_by_our_name_alone)
 
 
 def test_the_hook_leaves_other_backends_alone() -> None:
@@ -184,9 +204,7 @@ def _implementation(**changed: Any) -> SparseAttentionImpl:
 
 
 def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sp_sparse.integrations.vllm_omni import versions
-
-    monkeypatch.setattr(versions, "version", lambda name: "0.31.0")
+    monkeypatch.setattr(registration, "version", lambda name: "0.31.0")
     message = r"vllm-omni 0\.31\.0 is installed, but SP_SPARSE knows vllm-omni 0\.30\.\*; pip install"
     with pytest.raises(RuntimeError, match=message):
         SparseAttentionBackend.validate_available()

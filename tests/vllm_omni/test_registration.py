@@ -34,6 +34,15 @@ def test_loaded_by_vllm_omni() -> None:
     assert other is not SparseAttentionBackend
 
 
+def test_nothing_is_imported_until_it_is_chosen() -> None:
+    script = "import sys, sp_sparse.integrations.vllm_omni as plugin; print({m.partition('.')[0] for m in sys.modules})"
+    imported = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
+    assert "'sp_sparse'" in imported
+    assert not any(f"'{name}'" in imported for name in ("vllm", "vllm_omni", "aenum", "diffusers"))
+
+
 def test_registering_twice_changes_nothing() -> None:
     registration.register()
     members, backends = list(DiffusionAttentionBackendEnum), data.BLOCK_SPARSE_BACKENDS
@@ -53,9 +62,7 @@ def test_unknown_fields_are_refused() -> None:
 def test_an_unknown_version_is_no_error_until_chosen(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from sp_sparse.integrations.vllm_omni import versions
-
-    monkeypatch.setattr(versions, "version", lambda name: "0.40.0")
+    monkeypatch.setattr(registration, "version", lambda name: "0.40.0")
     monkeypatch.delattr(data, "BLOCK_SPARSE_BACKENDS")
     with caplog.at_level(logging.WARNING, "sp_sparse"):
         registration.register()

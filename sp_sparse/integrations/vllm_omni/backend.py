@@ -8,9 +8,8 @@ from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, AttentionImpl, AttentionMetadata
 
 from sp_sparse.integrations.opaque import OpaqueCall
-from sp_sparse.integrations.vllm_omni.call import video_grid
-from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME
-from sp_sparse.integrations.vllm_omni.versions import check_version
+from sp_sparse.integrations.vllm_omni.context import video_grid
+from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME, check_version
 
 
 class SparseAttentionBackend(AttentionBackend):
@@ -62,7 +61,8 @@ class SparseAttentionImpl(AttentionImpl):
             ValueError: settings, or a layer, that cannot be served.
         """
         check_version()
-        from sp_sparse.integrations.vllm_omni.dense import DenseAttention
+        # Only now: another version may lack what they import.
+        from sp_sparse.integrations.vllm_omni.omni_attention import DenseAttention
         from sp_sparse.integrations.vllm_omni.self_attention import SparseSelfAttention
 
         if role not in ("self", "cross"):
@@ -103,10 +103,10 @@ class SparseAttentionImpl(AttentionImpl):
             return self.dense.local(query, key, value, attn_metadata)
         return self._local(query, key, value, *video_grid(attn_metadata))
 
-    def forward_ring(
+    def sp_sparse_ring(
         self, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
     ) -> Tensor:
-        """`[B, S / R, H, D]` each -> the same; called by the hook of `ring_hook` in place of vllm-omni's ring."""
+        """`[B, S / R, H, D]` each -> the same; called by the hook of `omni_attention` in place of vllm-omni's ring."""
         if self.sparse is None:
             return self.dense.ring(query, key, value, attn_metadata)
         return self._ring(query, key, value, *video_grid(attn_metadata))

@@ -17,13 +17,11 @@ from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
 from vllm_omni.platforms import current_omni_platform
 
 from sp_sparse.attention import SparseAttention
-from sp_sparse.integrations.vllm_omni.call import Call
-from sp_sparse.integrations.vllm_omni.dense import DenseAttention
-from sp_sparse.integrations.vllm_omni.mesh import OmniMesh, Place
-from sp_sparse.integrations.vllm_omni.order import TokenOrder
-from sp_sparse.integrations.vllm_omni.ring_hook import require_ring_hook
+from sp_sparse.integrations.vllm_omni.context import Call, OmniMesh, Place
+from sp_sparse.integrations.vllm_omni.omni_attention import DenseAttention, require_ring_hook
 from sp_sparse.integrations.vllm_omni.settings import Settings
 from sp_sparse.recorder import AttentionRecorder
+from sp_sparse.video import VideoGrid, inverse_order, token_order
 
 # A child of vllm-omni's log, which shows no other's at INFO.
 logger = init_logger("vllm_omni.sp_sparse")
@@ -182,3 +180,30 @@ def _layer_number(prefix: str) -> int | None:
         return extract_layer_index(prefix)
     except (AssertionError, ValueError):
         return None
+
+
+class TokenOrder:
+    """Puts tokens in an order other than raster and back, on each call, where a rank holds every token.
+
+    Rotary embedding has been applied by then, so only which tokens share a block depends on the order. The indices stay
+    on the device.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._indices: dict[tuple[VideoGrid, torch.device], tuple[Tensor, Tensor]] = {}
+
+    def enter(self, x: Tensor, grid: VideoGrid) -> Tensor:
+        """`[B, S, H, D]` from raster order."""
+        return x if self._name == "raster" else x.index_select(1, self._of(grid, x.device)[0])
+
+    def leave(self, x: Tensor, grid: VideoGrid) -> Tensor:
+        """`[B, S, H, D]` back to raster order."""
+        return x if self._name == "raster" else x.index_select(1, self._of(grid, x.device)[1])
+
+    def _of(self, grid: VideoGrid, device: torch.device) -> tuple[Tensor, Tensor]:
+        if (grid, device) not in self._indices:
+            permutation = token_order(grid, self._name)
+            there, back = (torch.from_numpy(x.copy()).to(device) for x in (permutation, inverse_order(permutation)))
+            self._indices[grid, device] = there, back
+        return self._indices[grid, device]

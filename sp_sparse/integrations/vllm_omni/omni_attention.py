@@ -1,11 +1,18 @@
-"""vllm-omni's own dense attention, for dense layers and steps and for cross-attention."""
+"""vllm-omni's own attention: dense, for dense layers and steps and for cross-attention; and its ring, which asks ours first.
+
+The ring is the one method of vllm-omni that is replaced. `Attention._run_ring_attention` never asks the layer's
+implementation: it chooses a kernel by the backend's name, and for a name that it does not know a dense one, without a word.
+"""
 
 from __future__ import annotations
 
+import functools
+import inspect
 from typing import Any
 
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata
+from vllm_omni.diffusion.attention.layer import Attention
 from vllm_omni.diffusion.attention.parallel.ring import RingParallelAttention
 from vllm_omni.diffusion.attention.selector import _cached_get_backend_cls as backend_class
 from vllm_omni.diffusion.config import get_current_diffusion_config_or_none
@@ -13,6 +20,13 @@ from vllm_omni.diffusion.distributed.parallel_state import get_sp_group
 from vllm_omni.diffusion.model_metadata import get_diffusion_model_metadata
 
 from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME
+
+# The method that an implementation runs its ring by; under this name no other backend has one by chance.
+_OURS = "sp_sparse_ring"
+_HOOKED = "_run_ring_attention"
+_CALLER = "_forward_impl"
+_PARAMETERS = ["self", "query", "key", "value", "attn_metadata"]
+_MARK = "sp_sparse_ring_hook"
 
 
 class DenseAttention:
@@ -57,3 +71,45 @@ class DenseAttention:
         """Attention over the keys of all ring ranks."""
         assert self._ring is not None, "called on a mesh without a ring"
         return self._ring.run_attention(query, key, value, metadata, softmax_scale=self._scale, causal=self._causal)
+
+
+def require_ring_hook() -> None:
+    """Make vllm-omni's rings call `sp_sparse_ring` of layers whose implementation has it; others run as before.
+
+    Raises:
+        RuntimeError: the method is not there, takes other arguments, is not called, or the hook did not take hold.
+    """
+    original = getattr(Attention, _HOOKED, None)
+    if not getattr(original, _MARK, False):
+        found = None if original is None else list(inspect.signature(original).parameters)
+        called = _HOOKED in getattr(getattr(Attention, _CALLER, None), "__code__", _NoCode).co_names
+        if found != _PARAMETERS or not called:
+            raise RuntimeError(
+                f"vllm-omni's ring cannot be reached: Attention.{_HOOKED} has parameters {found}, expected {_PARAMETERS}, "
+                f"{'' if called else 'not '}called by {_CALLER}; use ring_degree=1, or the vllm-omni that sp_sparse supports"
+            )
+        _place(original)
+    if not getattr(getattr(Attention, _HOOKED, None), _MARK, False):
+        raise RuntimeError(
+            f"sp_sparse's hook on Attention.{_HOOKED} is not in place, and without it a ring runs dense; use ring_degree=1"
+        )
+
+
+class _NoCode:
+    co_names: tuple[str, ...] = ()
+
+
+def _place(original: object) -> None:
+    assert callable(original)
+
+    @functools.wraps(original)
+    def run(
+        self: Attention, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None
+    ) -> Tensor:
+        ours = getattr(self.attention, _OURS, None)
+        if ours is None:
+            return original(self, query, key, value, attn_metadata)
+        return ours(query, key, value, attn_metadata)
+
+    setattr(run, _MARK, True)
+    setattr(Attention, _HOOKED, run)
