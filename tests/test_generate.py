@@ -16,10 +16,10 @@ import diffusers
 import pytest
 import torch
 
-from launch.application import main
-from launch.arguments import parse_arguments
 from launch.compare import main as compare
-from launch.random_models import tiny_image_to_video, tiny_text_to_video
+from sp_sparse.generate.__main__ import main
+from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_to_video
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
 from tests.processes import process_of_rank, wait_for

@@ -19,8 +19,8 @@ from launch.benchmarks.arguments import (
     TransformerArguments,
     parse_arguments,
 )
-from launch.console import tell
-from launch.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
+from sp_sparse.generate.console import tell
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
 
 _PATIENCE_S = 5.0
 

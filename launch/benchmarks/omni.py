@@ -17,8 +17,8 @@ from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
 from launch.benchmarks.wan import tokens_of
-from launch.console import tell
-from launch.ranks import USER_ERRORS, Ranks, RefusedError, start_ranks
+from sp_sparse.generate.console import tell
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, RefusedError, start_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,8 +13,8 @@ import torch
 
 from launch.benchmarks.environment import environment
 from launch.benchmarks.results import Measurement, table
-from launch.files import check_writable
-from launch.ranks import Ranks, is_lost_rank
+from sp_sparse.generate.files import check_writable
+from sp_sparse.generate.ranks import Ranks, is_lost_rank
 
 T = TypeVar("T")
 

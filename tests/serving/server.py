@@ -19,7 +19,7 @@ import httpx
 import torch
 import torch.distributed as dist
 
-from launch.serving.command import main
+from sp_sparse.serve.__main__ import main
 from tests.processes import PATIENCE_S, wait_for
 
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3"]

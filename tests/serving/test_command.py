@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.serving.arguments import parse_serve_arguments
-from launch.serving.command import main
+from sp_sparse.serve.__main__ import main
+from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.processes import PATIENCE_S
 from tests.serving.server import RankServer, free_port
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sp_sparse.serving import fetch as fetching
-from sp_sparse.serving.errors import ApiError
-from sp_sparse.serving.fetch import fetch, is_public
-from sp_sparse.serving.images import checked_image, image_from_url
-from sp_sparse.serving.limits import Limits
+from sp_sparse.serve import fetch as fetching
+from sp_sparse.serve.errors import ApiError
+from sp_sparse.serve.fetch import fetch, is_public
+from sp_sparse.serve.images import checked_image, image_from_url
+from sp_sparse.serve.limits import Limits
 
 
 def _encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (20, 10)) -> bytes:

@@ -14,16 +14,16 @@ from typing import Any
 import httpx
 import pytest
 
-from sp_sparse.serving.api import Service, create_app
-from sp_sparse.serving.backend import JobParameters
-from sp_sparse.serving.control import CANCEL, GO_ON, INTERRUPT, Control
-from sp_sparse.serving.engine import Engine, follow
-from sp_sparse.serving.limits import Limits
-from sp_sparse.serving.metrics import Metrics
-from sp_sparse.serving.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
-from sp_sparse.serving.store import JobStore
-from sp_sparse.serving.watchdog import Watchdog
-from sp_sparse.serving.web import WebServer, listen
+from sp_sparse.serve.api import Service, create_app
+from sp_sparse.serve.backend import JobParameters
+from sp_sparse.serve.control import CANCEL, GO_ON, INTERRUPT, Control
+from sp_sparse.serve.engine import Engine, follow
+from sp_sparse.serve.limits import Limits
+from sp_sparse.serve.metrics import Metrics
+from sp_sparse.serve.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
+from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.watchdog import Watchdog
+from sp_sparse.serve.web import WebServer, listen
 from tests.processes import PATIENCE_S, wait_for
 from tests.ranks import run_ranks
 from tests.serving.fake import FakeBackend

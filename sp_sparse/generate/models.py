@@ -10,8 +10,13 @@ from typing import Any
 
 import torch
 
-from launch.arguments import RANDOM_A14B, TINY_MODELS, GenerateArguments
-from launch.random_models import random_a14b, tiny_image_to_video, tiny_text_image_to_video, tiny_text_to_video
+from sp_sparse.generate.arguments import RANDOM_A14B, TINY_MODELS, GenerateArguments
+from sp_sparse.generate.random_models import (
+    random_a14b,
+    tiny_image_to_video,
+    tiny_text_image_to_video,
+    tiny_text_to_video,
+)
 
 _WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 

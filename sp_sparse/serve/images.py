@@ -9,9 +9,9 @@ import re
 import threading
 import warnings
 
-from sp_sparse.serving.errors import ApiError, invalid
-from sp_sparse.serving.fetch import fetch
-from sp_sparse.serving.limits import Limits
+from sp_sparse.serve.errors import ApiError, invalid
+from sp_sparse.serve.fetch import fetch
+from sp_sparse.serve.limits import Limits
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,", re.IGNORECASE)

@@ -8,8 +8,10 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
+from importlib.util import find_spec
 
-from launch.ranks import is_lost_rank, rank_from_environment
+from sp_sparse.generate.ranks import is_lost_rank, rank_from_environment
 
 _PATIENCE_S = 5.0
 
@@ -54,3 +56,23 @@ def be_quiet(first: bool) -> None:
         warnings.simplefilter("ignore")
         os.environ["TRANSFORMERS_VERBOSITY"] = os.environ["DIFFUSERS_VERBOSITY"] = "error"
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+
+
+def require_packages(command: str, extra: str, packages: Sequence[str]) -> None:
+    """Refuse to start without what `extra` installs; nothing of it is imported yet.
+
+    Raises:
+        ValueError: with the packages that are missing, and how to install them.
+    """
+    missing = [package for package in packages if not _is_installed(package)]
+    if missing:
+        raise ValueError(
+            f'{command} needs {", ".join(missing)}; pip install "sp-sparse[{extra}]" from a checkout or wheel'
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:
+        return False

@@ -14,7 +14,7 @@ from fastapi.responses import HTMLResponse, Response
 
 def page_response() -> Callable[[], Coroutine[Any, Any, Response]]:
     """A handler that answers with the page; only its own script and style may run in it."""
-    text = files("sp_sparse.serving").joinpath("static/index.html").read_text(encoding="utf-8")
+    text = files("sp_sparse.serve").joinpath("static/index.html").read_text(encoding="utf-8")
     script, style = (
         " ".join(_hash(found) for found in re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL))
         for tag in ("script", "style")

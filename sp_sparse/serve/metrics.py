@@ -6,8 +6,8 @@ import os
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from sp_sparse.serving.backend import Measured
-from sp_sparse.serving.jobs import IN_PROGRESS, QUEUED
+from sp_sparse.serve.backend import Measured
+from sp_sparse.serve.jobs import IN_PROGRESS, QUEUED
 
 _SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, 1000)
 

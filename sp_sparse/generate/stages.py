@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from launch.ranks import Ranks
+from sp_sparse.generate.ranks import Ranks
 
 
 class Stages:

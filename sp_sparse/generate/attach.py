@@ -5,10 +5,10 @@ from __future__ import annotations
 from datetime import timedelta
 from typing import Any
 
-from launch.arguments import GenerateArguments
-from launch.models import transformers_of
-from launch.ranks import Ranks
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.models import transformers_of
+from sp_sparse.generate.ranks import Ranks
 from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
 from sp_sparse.kernels.registry import load_kernel
 

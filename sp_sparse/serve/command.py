@@ -1,4 +1,4 @@
-"""The command: from its arguments to its exit status."""
+"""The server on every rank, from its arguments to its end: what rank 0 has, and how all of them stop."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from launch.console import be_quiet, refuse_arguments, report_error
-from launch.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
-from launch.serving.arguments import ServeArguments, parse_serve_arguments
-from sp_sparse.serving.control import Control
-from sp_sparse.serving.engine import Engine, follow
-from sp_sparse.serving.metrics import Metrics
-from sp_sparse.serving.runner import Bounds, JobRunner
-from sp_sparse.serving.store import JobStore
-from sp_sparse.serving.watchdog import Watchdog
-from sp_sparse.serving.web import WebServer, listen
+from sp_sparse.generate.console import report_error
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
+from sp_sparse.serve.arguments import ServeArguments
+from sp_sparse.serve.control import Control
+from sp_sparse.serve.engine import Engine, follow
+from sp_sparse.serve.metrics import Metrics
+from sp_sparse.serve.runner import Bounds, JobRunner
+from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.watchdog import Watchdog
+from sp_sparse.serve.web import WebServer, listen
 
 if TYPE_CHECKING:
-    from launch.serving.backend import WanBackend
+    from sp_sparse.serve.wan import WanBackend
 
 _HOUSEKEEPING_S = 30.0
 
@@ -35,20 +35,11 @@ _FAULT_S = 30.0
 # Beyond the time that a running job has after SIGTERM.
 _GRACE_S = 5.0
 
-log = logging.getLogger("sp_sparse.serving")
+log = logging.getLogger("sp_sparse.serve")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Serve until SIGTERM.
-
-    Returns:
-        0 when drained; 1 if a rank was lost or the server failed; 2 for an error of the user's.
-    """
-    try:
-        arguments = parse_serve_arguments(argv)
-    except (ValueError, OSError) as error:
-        return refuse_arguments(error)
-    be_quiet(rank_from_environment() == 0)
+def serve(arguments: ServeArguments) -> int:
+    """Serve until SIGTERM; returns the exit status of `main`."""
     stop = _Stop(arguments.drain_s)
     try:
         with start_ranks(arguments.device, arguments.timeout_s, stop.ask) as ranks:
@@ -93,7 +84,7 @@ class _Stop:
 
 
 def _serve(arguments: ServeArguments, ranks: Ranks, stop: _Stop) -> None:
-    from launch.serving.backend import WanBackend  # here, for diffusers reads the environment when it is imported
+    from sp_sparse.serve.wan import WanBackend  # here, for diffusers reads the environment when it is imported
 
     names = tuple(option.name for option in fields(arguments) if option.name != "api_key")
     ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
@@ -125,7 +116,7 @@ class _FirstRank:
         watchdog: Watchdog,
         bounds: Bounds,
     ) -> None:
-        from sp_sparse.serving.api import Service, create_app
+        from sp_sparse.serve.api import Service, create_app
 
         self._arguments, self._backend = arguments, backend
         listener = listen(arguments.host, arguments.port)

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from launch.arguments import GenerateArguments, sparse_config
-from launch.flags import flag_of, make_parser, option, options_of, parse, same_option
 from sp_sparse import SparseAttentionConfig
-from sp_sparse.serving.limits import Limits
+from sp_sparse.generate.arguments import GenerateArguments, sparse_config
+from sp_sparse.generate.flags import flag_of, make_parser, option, options_of, parse, same_option
+from sp_sparse.serve.limits import Limits
 
 API_KEY_VARIABLE = "SP_SPARSE_API_KEY"
 _LOOPBACK = ("127.0.0.1", "::1", "localhost")

@@ -15,8 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from sp_sparse.serving.backend import JobParameters
-from sp_sparse.serving.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job, JobError
+from sp_sparse.serve.backend import JobParameters
+from sp_sparse.serve.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job, JobError
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (

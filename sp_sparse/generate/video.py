@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.arguments import GenerateArguments
-from launch.files import whole_file
-from launch.stages import StepClock
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.files import whole_file
+from sp_sparse.generate.stages import StepClock
 
 _TEXT_LENGTH = 512
 

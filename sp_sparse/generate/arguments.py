@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launch.flags import flag_of, make_parser, option, options_of, parse
 from sp_sparse import SparseAttentionConfig
+from sp_sparse.generate.flags import flag_of, make_parser, option, options_of, parse
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
 RANDOM_A14B = "a14b-random"

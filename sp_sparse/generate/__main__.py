@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launch.arguments import parse_arguments
-from launch.console import be_quiet, refuse_arguments, report_error
-from launch.ranks import USER_ERRORS, RefusedError, rank_from_environment, start_ranks
+from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.console import be_quiet, refuse_arguments, report_error, require_packages
+from sp_sparse.generate.ranks import USER_ERRORS, RefusedError, leave, rank_from_environment, start_ranks
+
+PACKAGES = ("diffusers", "transformers", "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "tqdm", "PIL")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,11 +19,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     try:
         arguments = parse_arguments(argv)
+        require_packages("generate", "diffusers", PACKAGES)
     except (ValueError, OSError) as error:
         return refuse_arguments(error)
     be_quiet(rank_from_environment() == 0)
     try:
-        from launch.job import generate  # here, for diffusers reads the environment when it is imported
+        from sp_sparse.generate.job import generate  # here, for diffusers reads the environment when it is imported
 
         with start_ranks(arguments.device, arguments.timeout_s) as ranks:
             try:
@@ -35,3 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except USER_ERRORS as error:
         return report_error(error, arguments.timeout_s, arguments.debug)
+
+
+if __name__ == "__main__":
+    leave(main())

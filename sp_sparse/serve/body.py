@@ -8,8 +8,8 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from sp_sparse.serving.errors import ApiError, invalid
-from sp_sparse.serving.requests import VideoRequest
+from sp_sparse.serve.errors import ApiError, invalid
+from sp_sparse.serve.requests import VideoRequest
 
 _JSON, _FORM = "application/json", "multipart/form-data"
 _IMAGE_NAMES = ("input_reference", "image_reference")

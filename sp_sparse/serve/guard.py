@@ -12,9 +12,9 @@ from urllib.parse import urlsplit
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
-from sp_sparse.serving.errors import ApiError
-from sp_sparse.serving.limits import Limits
-from sp_sparse.serving.metrics import Metrics
+from sp_sparse.serve.errors import ApiError
+from sp_sparse.serve.limits import Limits
+from sp_sparse.serve.metrics import Metrics
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 import sp_sparse
-from launch.arguments import GenerateArguments
-from launch.files import whole_file
-from launch.ranks import Ranks
-from launch.stages import Stages
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.files import whole_file
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.stages import Stages
 
 
 def job_report(

@@ -17,7 +17,7 @@ from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Res
 from starlette.exceptions import HTTPException
 
 import sp_sparse
-from sp_sparse.serving.answers import (
+from sp_sparse.serve.answers import (
     DeletedAnswer,
     ErrorAnswer,
     HealthAnswer,
@@ -27,19 +27,19 @@ from sp_sparse.serving.answers import (
     VideoPage,
     video_answer,
 )
-from sp_sparse.serving.backend import JobParameters, VideoBackend
-from sp_sparse.serving.body import read_request, request_body
-from sp_sparse.serving.document import describe
-from sp_sparse.serving.engine import Engine
-from sp_sparse.serving.errors import ApiError, invalid, not_found
-from sp_sparse.serving.guard import Guard
-from sp_sparse.serving.images import checked_image, image_from_url
-from sp_sparse.serving.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
-from sp_sparse.serving.limits import Limits
-from sp_sparse.serving.metrics import Metrics
-from sp_sparse.serving.page import page_response
-from sp_sparse.serving.requests import job_parameters
-from sp_sparse.serving.store import JobStore, QueueFullError
+from sp_sparse.serve.backend import JobParameters, VideoBackend
+from sp_sparse.serve.body import read_request, request_body
+from sp_sparse.serve.document import describe
+from sp_sparse.serve.engine import Engine
+from sp_sparse.serve.errors import ApiError, invalid, not_found
+from sp_sparse.serve.guard import Guard
+from sp_sparse.serve.images import checked_image, image_from_url
+from sp_sparse.serve.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
+from sp_sparse.serve.limits import Limits
+from sp_sparse.serve.metrics import Metrics
+from sp_sparse.serve.page import page_response
+from sp_sparse.serve.requests import job_parameters
+from sp_sparse.serve.store import JobStore, QueueFullError
 
 _POLL_S = 0.1
 

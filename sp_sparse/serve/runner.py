@@ -11,10 +11,10 @@ from typing import NoReturn, TypeVar
 import torch
 
 from sp_sparse.parallel.lost import is_lost_rank
-from sp_sparse.serving.backend import JobParameters, Measured, VideoBackend
-from sp_sparse.serving.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
-from sp_sparse.serving.jobs import JobError
-from sp_sparse.serving.watchdog import Watchdog
+from sp_sparse.serve.backend import JobParameters, Measured, VideoBackend
+from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
+from sp_sparse.serve.jobs import JobError
+from sp_sparse.serve.watchdog import Watchdog
 
 T = TypeVar("T")
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from launch.arguments import GenerateArguments
-from launch.files import numbered, whole_file
-from launch.ranks import Ranks
-from launch.stages import Stages, StepClock
-from launch.video import EncodedPrompt, decode, denoise, save_video
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.files import numbered, whole_file
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.stages import Stages, StepClock
+from sp_sparse.generate.video import EncodedPrompt, decode, denoise, save_video
 
 
 @dataclass(frozen=True)

@@ -8,17 +8,17 @@ from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
 
-from launch.arguments import GenerateArguments
-from launch.attach import attach, build_mesh, check_ranks, prepare_transformers
-from launch.files import check_writable
-from launch.maker import Video, VideoMaker
-from launch.models import WanModel, check_image, fill_defaults, find_model, load_pipeline
-from launch.ranks import Ranks
-from launch.report import attention_report, job_report, write_report
-from launch.stages import Stages
-from launch.verify import difference
-from launch.video import encode_prompts, first_frame
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
+from sp_sparse.generate.files import check_writable
+from sp_sparse.generate.maker import Video, VideoMaker
+from sp_sparse.generate.models import WanModel, check_image, fill_defaults, find_model, load_pipeline
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.report import attention_report, job_report, write_report
+from sp_sparse.generate.stages import Stages
+from sp_sparse.generate.verify import difference
+from sp_sparse.generate.video import encode_prompts, first_frame
 from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
 
 

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sp_sparse.serving.backend import IMAGE_NEVER, IMAGE_REQUIRED, JobParameters, ModelCard
-from sp_sparse.serving.errors import ApiError, invalid
-from sp_sparse.serving.limits import Limits
+from sp_sparse.serve.backend import IMAGE_NEVER, IMAGE_REQUIRED, JobParameters, ModelCard
+from sp_sparse.serve.errors import ApiError, invalid
+from sp_sparse.serve.limits import Limits
 
 _LARGEST = 10_000_000
 _SEEDS = 2**53 - 1  # what JSON carries everywhere

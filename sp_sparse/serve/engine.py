@@ -9,13 +9,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 
-from sp_sparse.serving.backend import JobParameters, Measured
-from sp_sparse.serving.control import CANCEL, GO_ON, INTERRUPT, Control
-from sp_sparse.serving.jobs import PHASES, Job, Progress
-from sp_sparse.serving.metrics import Metrics
-from sp_sparse.serving.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
-from sp_sparse.serving.store import JobStore
-from sp_sparse.serving.watchdog import Watchdog
+from sp_sparse.serve.backend import JobParameters, Measured
+from sp_sparse.serve.control import CANCEL, GO_ON, INTERRUPT, Control
+from sp_sparse.serve.jobs import PHASES, Job, Progress
+from sp_sparse.serve.metrics import Metrics
+from sp_sparse.serve.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
+from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from sp_sparse.serving.backend import ModelCard
-from sp_sparse.serving.jobs import COMPLETED, IN_PROGRESS, QUEUED, Job, Progress
+from sp_sparse.serve.backend import ModelCard
+from sp_sparse.serve.jobs import COMPLETED, IN_PROGRESS, QUEUED, Job, Progress
 
 
 class ErrorDetail(BaseModel):
