@@ -117,8 +117,8 @@ MUTATIONS = (
     ),
     Mutation(
         "ranks may differ in arguments",
-        "parallel/mesh.py",
-        "if len(set(mine.values())) > 1:",
+        "parallel/agreement.py",
+        "if len({texts[what] for texts in every.values()}) > 1",
         "if False:",
         "mesh_errors",
     ),

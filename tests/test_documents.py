@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from sp_sparse import SparseAttentionConfig
+from sp_sparse.flags import flag_of, options_of
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.flags import flag_of, options_of
 from sp_sparse.serve.arguments import ServeArguments
 
 ROOT = Path(__file__).resolve().parent.parent

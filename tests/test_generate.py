@@ -253,7 +253,7 @@ def _rank_generates_with_its_own_seed(rank: int, folder: str) -> None:
 def test_different_arguments_are_told_on_every_rank(tmp_path: Path) -> None:
     run_ranks(2, _rank_generates_with_its_own_seed, str(tmp_path), timeout_s=20)
     for rank in range(2):
-        assert "ranks differ in seed (rank 0: 0, rank 1: 1)" in (tmp_path / f"rank_{rank}").read_text()
+        assert "ranks differ in seed (rank 0: 0; rank 1: 1)" in (tmp_path / f"rank_{rank}").read_text()
 
 
 def _torchrun(ranks: int, *flags: str) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from sp_sparse.generate.arguments import parse_arguments
 from sp_sparse.generate.console import be_quiet, refuse_arguments, report_error, require_packages
-from sp_sparse.generate.ranks import USER_ERRORS, RefusedError, leave, rank_from_environment, start_ranks
+from sp_sparse.generate.ranks import USER_ERRORS, leave, rank_from_environment, start_ranks
+from sp_sparse.parallel.agreement import RefusedError
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "tqdm", "PIL")
 

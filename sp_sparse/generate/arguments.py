@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from sp_sparse import SparseAttentionConfig
-from sp_sparse.generate.flags import flag_of, make_parser, option, options_of, parse
+from sp_sparse.config import FLAG_PREFIX
+from sp_sparse.flags import flag_of, option, options_of, parse_flags
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
 RANDOM_A14B = "a14b-random"
@@ -158,7 +159,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
         ValueError: an unknown flag or key, or a value that is refused.
         OSError: a configuration file that cannot be read.
     """
-    given, configured = parse(make_parser(GenerateArguments, "generate", __doc__), GenerateArguments, argv)
+    given, configured = parse_flags(
+        "generate", __doc__, {"": GenerateArguments, FLAG_PREFIX: SparseAttentionConfig}, argv
+    )
     given, configured = _one_prompt(given), _one_prompt(configured)
     if "prompt" in given or "prompt_file" in given:
         configured = {name: value for name, value in configured.items() if name not in ("prompt", "prompt_file")}

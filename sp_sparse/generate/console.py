@@ -11,7 +11,8 @@ import warnings
 from collections.abc import Sequence
 from importlib.util import find_spec
 
-from sp_sparse.generate.ranks import is_lost_rank, rank_from_environment
+from sp_sparse.generate.ranks import rank_from_environment
+from sp_sparse.parallel.agreement import is_lost_rank
 
 _PATIENCE_S = 5.0
 
@@ -24,7 +25,7 @@ def tell(text: str) -> None:
 
 
 def refuse_arguments(error: Exception) -> int:
-    """Tell that the arguments cannot be read; returns the exit status."""
+    """Tell that the arguments, or what is installed, will not do; returns the exit status."""
     if rank_from_environment() != 0:
         # Rank 0 has the same arguments, fails alike and is followed by torchrun stopping this one: no need to repeat.
         time.sleep(_PATIENCE_S)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import fields
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
@@ -28,8 +27,7 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
     Returns:
         0, or 1 if `--verify` found a difference above `--verify-tolerance`.
     """
-    names = tuple(option.name for option in fields(arguments))
-    ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
+    ranks.check_same(arguments)
     model = ranks.together(lambda: _check(arguments, ranks))
     arguments = fill_defaults(arguments, model)
 

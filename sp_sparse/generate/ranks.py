@@ -8,31 +8,20 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
-from sp_sparse.parallel.lost import is_lost_rank
+from sp_sparse.parallel.agreement import check_all_same, every_value, together
 
 T = TypeVar("T")
 
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
-
-
-class RefusedError(Exception):
-    """Something was refused, and every rank knows it.
-
-    Attributes:
-        speaks: whether this rank is to report it; one that would only repeat rank 0 is not.
-    """
-
-    def __init__(self, text: str, speaks: bool) -> None:
-        super().__init__(text)
-        self.speaks = speaks
 
 
 @dataclass(frozen=True)
@@ -59,13 +48,14 @@ class Ranks:
         if self.first:
             print(text, file=sys.stderr, flush=True)
 
+    @property
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """The group of all ranks; none where there is one rank."""
+        return () if self.world == 1 or dist.group.WORLD is None else (dist.group.WORLD,)
+
     def gather(self, value: T) -> list[T]:
         """The value of every rank. A collective call."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return list(every_value(value, self.groups).values())
 
     def together(self, action: Callable[[], T]) -> T:
         """Do something on every rank that may be refused; if one rank fails, all of them do. A collective call.
@@ -73,36 +63,16 @@ class Ranks:
         Raises:
             RefusedError: it failed on some rank.
         """
-        error: Exception | None = None
-        try:
-            result = action()
-        except USER_ERRORS as caught:
-            if is_lost_rank(caught):
-                raise
-            error = caught
-        failures = self.gather(None if error is None else str(error))
-        first = next((rank for rank, text in enumerate(failures) if text is not None), None)
-        if first is None:
-            return result
-        if error is not None:
-            raise RefusedError(str(error), speaks=self.first or str(error) != failures[0]) from error
-        raise RefusedError(f"rank {first}: {failures[first]}", speaks=self.first)
+        return together(action, self.groups, USER_ERRORS)
 
-    def check_same(self, names: tuple[str, ...], values: tuple[object, ...]) -> None:
-        """Fail on every rank if the ranks hold different values of something. A collective call.
+    def check_same(self, arguments: Any, but: tuple[str, ...] = ()) -> None:
+        """Fail on every rank if the fields of a dataclass, `but` for these, differ between ranks. A collective call.
 
         Raises:
             RefusedError: with what differs, and each rank's value of it.
         """
-        every = self.gather(tuple(map(repr, values)))
-        differing = [
-            f"{name} ({', '.join(f'rank {rank}: {texts[place]}' for rank, texts in enumerate(every))})"
-            for place, name in enumerate(names)
-            if len({texts[place] for texts in every}) > 1
-        ]
-        if differing:
-            text = f"ranks differ in {'; '.join(differing)}; start every rank with the same arguments"
-            raise RefusedError(text, speaks=True)
+        names = [entry.name for entry in fields(arguments) if entry.name not in but]
+        check_all_same({name: getattr(arguments, name) for name in names}, self.groups)
 
 
 def rank_from_environment() -> int:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from sp_sparse import SparseAttentionConfig
+from sp_sparse.config import FLAG_PREFIX
+from sp_sparse.flags import flag_of, option, options_of, parse_flags, same_option
 from sp_sparse.generate.arguments import GenerateArguments, sparse_config
-from sp_sparse.generate.flags import flag_of, make_parser, option, options_of, parse, same_option
 from sp_sparse.serve.limits import Limits
 
 API_KEY_VARIABLE = "SP_SPARSE_API_KEY"
@@ -130,7 +131,7 @@ def parse_serve_arguments(argv: Sequence[str] | None = None) -> ServeArguments:
         ValueError: an unknown flag or key, or a value that is refused.
         OSError: a configuration file that cannot be read.
     """
-    given, configured = parse(make_parser(ServeArguments, "serve", __doc__), ServeArguments, argv)
+    given, configured = parse_flags("serve", __doc__, {"": ServeArguments, FLAG_PREFIX: SparseAttentionConfig}, argv)
     given = configured | given
     if os.environ.get(API_KEY_VARIABLE):
         given.setdefault("api_key", os.environ[API_KEY_VARIABLE])

@@ -9,12 +9,12 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sp_sparse.generate.console import report_error
-from sp_sparse.generate.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment, start_ranks
+from sp_sparse.parallel.agreement import RefusedError
 from sp_sparse.serve.arguments import ServeArguments
 from sp_sparse.serve.control import Control
 from sp_sparse.serve.engine import Engine, follow
@@ -86,8 +86,7 @@ class _Stop:
 def _serve(arguments: ServeArguments, ranks: Ranks, stop: _Stop) -> None:
     from sp_sparse.serve.wan import WanBackend  # here, for diffusers reads the environment when it is imported
 
-    names = tuple(option.name for option in fields(arguments) if option.name != "api_key")
-    ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
+    ranks.check_same(arguments, but=("api_key",))
     backend = ranks.together(lambda: WanBackend(arguments, ranks))
     control = Control.of_all_ranks(ranks.rank, ranks.world, arguments.timeout_s)
     watchdog = Watchdog()

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from sp_sparse.parallel.agreement import every_value
+
 # What a rank says at an exchange. Only rank 0 says CANCEL, INTERRUPT and PART.
 GO_ON, FAILED, CANCEL, INTERRUPT, PART = range(5)
 
@@ -51,8 +53,4 @@ class Control:
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank. A collective call."""
-        if self.world == 1:
-            return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, group=self._group)
-        return values
+        return list(every_value(value, () if self._group is None else (self._group,)).values())

@@ -10,7 +10,7 @@ from typing import NoReturn, TypeVar
 
 import torch
 
-from sp_sparse.parallel.lost import is_lost_rank
+from sp_sparse.parallel.agreement import is_lost_rank
 from sp_sparse.serve.backend import JobParameters, Measured, VideoBackend
 from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
 from sp_sparse.serve.jobs import JobError
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 class Observer:
-    """Rank 0's eyes and mouth; as it is, that of a rank which only follows."""
+    """What rank 0 is told of a running job, and is asked about it; as it is, for ranks that only follow, it does nothing."""
 
     def command(self) -> int:
         """GO_ON, or CANCEL or INTERRUPT for the job to stop. Asked between steps."""

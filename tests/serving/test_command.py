@@ -72,7 +72,7 @@ def test_ranks_with_other_arguments_are_told_without_the_key(tmp_path: Path) -> 
     flags = ["--ulysses-degree", "2", "--api-key", "secret"]
     with _launched(RankServer(tmp_path, 2, *flags, program=_different_on_each_rank)) as server:
         assert server.join() == [2, 2]
-        assert "ranks differ in max_steps (rank 0: 10, rank 1: 11)" in server.log
+        assert "ranks differ in max_steps (rank 0: 10; rank 1: 11)" in server.log
         assert "secret" not in server.log
 
 

@@ -1,20 +1,20 @@
-"""Flags from dataclasses: one definition gives the flag, its help and the key of a configuration file."""
+"""Flags from dataclasses: one definition gives the field, its flag, its help and its key in a configuration file."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from sp_sparse import SparseAttentionConfig
+# Dataclasses by what stands before the names of their fields: {"": …, "sparse_attn_": …}.
+Kinds = Mapping[str, type[Any]]
 
 
 def option(default: Any, text: str, parse: Any = str, choices: tuple[str, ...] = ()) -> Any:
-    """A field that is also a flag."""
+    """A field that is also a flag; `parse=bool` makes a switch."""
     return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
 
 
@@ -34,75 +34,65 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def make_parser(kind: type[Any], prog: str, description: str | None) -> argparse.ArgumentParser:
-    """A parser of the flags of `kind`, of `--sparse-attn-…` and of `--config`; what is not given stays absent."""
-    parser = _Parser(prog=prog, description=description, allow_abbrev=False)
-    parser.add_argument("--config", help="YAML or JSON file with the same names as the flags, which override it")
+def add_flags(parser: argparse._ActionsContainer, kind: type[Any], prefix: str = "") -> None:
+    """Add the flags of `kind`, `_` for `-` accepted; one that is not given stays absent from the namespace."""
     for entry in options_of(kind):
-        _add_flag(parser, entry)
-    SparseAttentionConfig.add_flags(parser)
-    return parser
+        name, text = prefix + entry.name, entry.metadata["help"]
+        how: dict[str, Any] = {"type": entry.metadata["parse"], "choices": entry.metadata["choices"] or None}
+        if entry.metadata["parse"] is bool:
+            how = {"action": "store_true"}
+        elif entry.default not in (None, "", ()):
+            text = f"{text} (default: {entry.default})"
+        how |= {"dest": name, "default": argparse.SUPPRESS}
+        parser.add_argument(flag_of(name), help=text.replace("%", "%%"), **how)
+        if "_" in name:
+            parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **how)
 
 
-def parse(parser: argparse.ArgumentParser, kind: type[Any], argv: Sequence[str] | None) -> tuple[dict[str, Any], ...]:
-    """What the command line gives, and what the `--config` file gives.
+def parse_flags(
+    command: str, description: str | None, kinds: Kinds, argv: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the command line gives, and what the `--config` file that it names gives.
 
     Raises:
         ValueError: an unknown flag or key, or a value that cannot be read.
         OSError: a configuration file that cannot be read.
     """
+    parser = _Parser(prog=command, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML or JSON file with the same names as the flags, which override it")
+    for prefix, kind in kinds.items():
+        add_flags(parser.add_argument_group(f"{flag_of(prefix)}…") if prefix else parser, kind, prefix)
     given = vars(parser.parse_args(argv))
     path = given.pop("config")
     if path is None:
         return given, {}
-    values = vars(parser.parse_args(_config_flags(Path(path), kind)))
+    values = vars(parser.parse_args(_config_flags(Path(path), kinds)))
     values.pop("config")
     return given, values
 
 
 class _Parser(argparse.ArgumentParser):
-    """Takes `_` for `-` in flags, and raises instead of printing its usage once a rank."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        return super().parse_known_args([_dashes(a) for a in (sys.argv[1:] if args is None else args)], namespace)
+    """Raises instead of printing its usage once a rank."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}; --help lists the flags")
 
 
-def _dashes(argument: str) -> str:
-    if not argument.startswith("--"):
-        return argument
-    flag, equals, value = argument.partition("=")
-    return flag.replace("_", "-") + equals + value
-
-
-def _add_flag(parser: argparse.ArgumentParser, entry: Field[Any]) -> None:
-    text, default = entry.metadata["help"], entry.default
-    kind: dict[str, Any] = {"type": entry.metadata["parse"], "choices": entry.metadata["choices"] or None}
-    if entry.metadata["parse"] is bool:
-        kind = {"action": "store_true"}
-    elif default not in (None, ""):
-        text = f"{text} (default: {default})"
-    parser.add_argument(flag_of(entry.name), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **kind)
-
-
-def _config_flags(path: Path, kind: type[Any]) -> list[str]:
+def _config_flags(path: Path, kinds: Kinds) -> list[str]:
     """The file as flags, so that the same rules read both."""
     values = {str(key).replace("-", "_"): value for key, value in _read_mapping(path).items()}
-    switches = {entry.name for entry in options_of(kind) if entry.metadata["parse"] is bool}
-    known = {entry.name for entry in options_of(kind)}
-    known |= {f"sparse_attn_{entry.name}" for entry in fields(SparseAttentionConfig)}
-    unknown = sorted(set(values) - known)
+    known = {prefix + entry.name: entry for prefix, kind in kinds.items() for entry in options_of(kind)}
+    unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     flags = []
     for name, value in values.items():
-        if name in switches and not isinstance(value, bool):
+        is_switch = known[name].metadata["parse"] is bool
+        if is_switch and not isinstance(value, bool):
             raise ValueError(f"{path}: {name} is {value!r}; write true or false")
-        if name in switches and value:
+        if is_switch and value:
             flags.append(flag_of(name))
-        elif name not in switches and value is not None:
+        elif not is_switch and value is not None:
             flags.append(f"{flag_of(name)}={json.dumps(value) if isinstance(value, list) else value}")
     return flags
 
