@@ -28,8 +28,8 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
-from launch.benchmarks.environment import environment  # noqa: E402
-from sp_sparse.generate.video import decoded_pixels  # noqa: E402
+from launch.benchmarks.results import environment  # noqa: E402
+from sp_sparse.generate.files import decoded_pixels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 _JOBS = 2

@@ -24,7 +24,7 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
-from launch.benchmarks.environment import environment  # noqa: E402
+from launch.benchmarks.results import environment  # noqa: E402
 from launch.benchmarks.timing import Timer  # noqa: E402
 from sp_sparse import (  # noqa: E402
     AttentionRecorder,

@@ -11,8 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from launch.benchmarks.environment import environment
-from launch.benchmarks.results import Measurement, table
+from launch.benchmarks.results import Measurement, environment, table
 from sp_sparse.generate.files import check_writable
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.parallel.agreement import RefusedError, together

@@ -30,8 +30,17 @@ def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
             f"--sparse-attn-backend none on {ranks.world} ranks uses diffusers' own parallelism, which needs GPUs; for "
             "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
         )
-    if arguments.sparse.backend not in ("none", "auto"):
-        load_kernel(arguments.sparse.backend)
+    check_names(arguments.sparse)
+
+
+def check_names(config: SparseAttentionConfig) -> None:
+    """Refuse names that stand for nothing here, before weights are read.
+
+    Raises:
+        ValueError: with the names that are known.
+    """
+    if config.backend not in ("none", "auto"):
+        load_kernel(config.backend)
 
 
 def build_mesh(arguments: GenerateArguments) -> SequenceParallelMesh:

@@ -1,11 +1,17 @@
-"""Writing files whole or not at all."""
+"""Files that are written whole or not at all, and mp4s."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @contextmanager
@@ -39,3 +45,22 @@ def check_writable(path: Path) -> None:
 def numbered(path: Path, number: int, count: int) -> Path:
     """`video.mp4` -> `video_0.mp4`, where there are several."""
     return path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+
+def save_video(frames: Tensor, path: Path, fps: int) -> None:
+    """Write an mp4."""
+    from diffusers.utils import export_to_video
+
+    with whole_file(path) as temporary:
+        export_to_video(list(frames.numpy()), str(temporary), fps=fps)
+
+
+def decoded_pixels(video: bytes) -> bytes:
+    """All pixels of an mp4, in a row of bytes."""
+    import imageio_ffmpeg
+
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(video)
+        file.flush()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", file.name, "-f", "rawvideo", "-"]
+        return subprocess.run(command, capture_output=True, check=True).stdout

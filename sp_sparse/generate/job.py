@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from contextlib import ExitStack
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
 from sp_sparse.generate.files import check_writable
-from sp_sparse.generate.maker import Video, VideoMaker
 from sp_sparse.generate.models import WanModel, check_image, fill_defaults, find_model, load_pipeline
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
 from sp_sparse.generate.stages import Stages
-from sp_sparse.generate.verify import difference
-from sp_sparse.generate.video import encode_prompts, first_frame
-from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
+from sp_sparse.generate.verify import verify
+from sp_sparse.generate.video import VideoMaker, encode_prompts, first_frame
+from sp_sparse.integrations.diffusers import SparseWan
 
 
 def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
@@ -51,7 +48,7 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
         calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
         ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
     handle.remove()
-    verified = _verify(maker, videos)
+    verified = verify(maker, videos)
     report = job_report(arguments, ranks, stages, attention, told, verified)
     if ranks.first:
         write_report(report, arguments.report_path())
@@ -77,31 +74,3 @@ def _prepare(
     handle = attach(pipe, arguments.sparse, mesh, recorder)
     prepare_transformers(pipe, arguments, mesh)
     return mesh, handle
-
-
-def _verify(maker: VideoMaker, videos: list[Video]) -> dict[str, Any] | None:
-    """Make the videos again, each rank alone, and compare; the same answer on every rank."""
-    arguments, ranks = maker.arguments, maker.ranks
-    if arguments.verify == "none":
-        return None
-    told, worst = [], 0.0
-    with ExitStack() as undo:
-        if arguments.verify == "single":
-            undo.enter_context(enable_sparse_attention(maker.pipe, arguments.sparse, SequenceParallelMesh()))
-        for video in videos:
-            again = maker.make(video.prompt, Stages(ranks))
-            # Each rank compares what it holds, so that ranks that drifted apart are seen too.
-            every = ranks.gather(difference(video.latents, again.latents))
-            latents = max(every, key=lambda d: math.inf if math.isnan(d.relative_rms) else d.relative_rms)
-            worst = max(worst, math.inf if math.isnan(latents.relative_rms) else latents.relative_rms)
-            told.append({"latents": latents.to_json()})
-            ranks.say(f"verify {arguments.verify}: latents {latents}")
-            if video.frames is not None and again.frames is not None:
-                frames = difference(video.frames, again.frames, peak=1.0)
-                told[-1]["frames"] = frames.to_json()
-                ranks.say(f"verify {arguments.verify}: frames {frames}")
-    tolerance = arguments.verify_tolerance
-    passed = tolerance is None or worst <= tolerance
-    if not passed:
-        ranks.say(f"error: the relative RMS difference of the latents is {worst:.3g}, above {tolerance:g}")
-    return {"against": arguments.verify, "tolerance": tolerance, "passed": passed, "videos": told}

@@ -49,7 +49,7 @@ def job_report(
         "peak_memory": stages.peak_memory(),
         "videos": list(videos),
         "verify": verified,
-        "versions": _versions(),
+        "versions": versions("diffusers", "transformers", "triton"),
         "hardware": _hardware(ranks.device),
     }
 
@@ -80,13 +80,14 @@ def write_report(report: dict[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {"python": platform.python_version(), "sp_sparse": sp_sparse.__version__}
-    for package in ("torch", "diffusers", "transformers", "triton"):
+def versions(*packages: str) -> dict[str, str]:
+    """Of Python, torch, sp_sparse and those packages that are installed."""
+    found = {"python": platform.python_version(), "torch": str(torch.__version__), "sp_sparse": sp_sparse.__version__}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:
-            found[package] = None
+            continue
     return found
 
 

@@ -1,11 +1,46 @@
-"""How far two results lie apart."""
+"""Making videos again from the same seed, and how far two results lie apart."""
 
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor
+
+from sp_sparse import SequenceParallelMesh
+from sp_sparse.generate.stages import Stages
+from sp_sparse.generate.video import Video, VideoMaker
+from sp_sparse.integrations.diffusers import enable_sparse_attention
+
+
+def verify(maker: VideoMaker, videos: list[Video]) -> dict[str, Any] | None:
+    """Make the videos again, each rank alone, and compare; the same answer on every rank."""
+    arguments, ranks = maker.arguments, maker.ranks
+    if arguments.verify == "none":
+        return None
+    told, worst = [], 0.0
+    with ExitStack() as undo:
+        if arguments.verify == "single":
+            undo.enter_context(enable_sparse_attention(maker.pipe, arguments.sparse, SequenceParallelMesh()))
+        for video in videos:
+            again = maker.make(video.prompt, Stages(ranks))
+            # Each rank compares what it holds, so that ranks that drifted apart are seen too.
+            every = ranks.gather(difference(video.latents, again.latents))
+            latents = max(every, key=lambda d: math.inf if math.isnan(d.relative_rms) else d.relative_rms)
+            worst = max(worst, math.inf if math.isnan(latents.relative_rms) else latents.relative_rms)
+            told.append({"latents": latents.to_json()})
+            ranks.say(f"verify {arguments.verify}: latents {latents}")
+            if video.frames is not None and again.frames is not None:
+                frames = difference(video.frames, again.frames, peak=1.0)
+                told[-1]["frames"] = frames.to_json()
+                ranks.say(f"verify {arguments.verify}: frames {frames}")
+    tolerance = arguments.verify_tolerance
+    passed = tolerance is None or worst <= tolerance
+    if not passed:
+        ranks.say(f"error: the relative RMS difference of the latents is {worst:.3g}, above {tolerance:g}")
+    return {"against": arguments.verify, "tolerance": tolerance, "passed": passed, "videos": told}
 
 
 @dataclass(frozen=True)

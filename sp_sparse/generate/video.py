@@ -1,21 +1,20 @@
-"""From prompts to a video file, in the steps that a pipeline does at once: encode, denoise, decode, save."""
+"""From prompts to videos, in the steps that a pipeline does at once: encode, denoise, decode, save."""
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.files import whole_file
-from sp_sparse.generate.stages import StepClock
+from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.stages import Stages, StepClock
 
 _TEXT_LENGTH = 512
 
@@ -95,25 +94,6 @@ def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
     return frames.permute(0, 2, 3, 1).float().cpu()
 
 
-def save_video(frames: Tensor, path: Path, fps: int) -> None:
-    """Write an mp4."""
-    from diffusers.utils import export_to_video
-
-    with whole_file(path) as temporary:
-        export_to_video(list(frames.numpy()), str(temporary), fps=fps)
-
-
-def decoded_pixels(video: bytes) -> bytes:
-    """All pixels of an mp4, in a row of bytes."""
-    import imageio_ffmpeg
-
-    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
-        file.write(video)
-        file.flush()
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", file.name, "-f", "rawvideo", "-"]
-        return subprocess.run(command, capture_output=True, check=True).stdout
-
-
 def first_frame(arguments: GenerateArguments) -> Any:
     """The image that the video starts from; where none is given, a drawn one."""
     from PIL import Image
@@ -125,6 +105,73 @@ def first_frame(arguments: GenerateArguments) -> Any:
     rows, columns = np.mgrid[0:height, 0:width]
     channels = (rows * 255 // height, columns * 255 // width, (rows // 16 + columns // 16) % 2 * 255)
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video and how long it took.
+
+    Attributes:
+        latents: `[1, C, T, H, W]`, on the CPU.
+        frames: `[T, H, W, 3]` in [0, 1] on rank 0, else None.
+        step_seconds: seconds of each denoising step, one list a repetition.
+    """
+
+    prompt: EncodedPrompt
+    latents: Tensor
+    frames: Tensor | None
+    step_seconds: tuple[tuple[float, ...], ...]
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.latents.isfinite().all())
+
+
+@dataclass(frozen=True)
+class VideoMaker:
+    """The pipeline with everything that its videos share."""
+
+    pipe: Any
+    arguments: GenerateArguments
+    ranks: Ranks
+    image: Any | None
+
+    def make(self, prompt: EncodedPrompt, stages: Stages, repeat: int = 1) -> Video:
+        """Denoise on every rank, decode on rank 0; the other ranks go on."""
+        seconds = []
+        for _ in range(repeat):
+            clock = StepClock(self.ranks.device)
+            with stages.measure("denoise"):
+                latents = denoise(self.pipe, self.arguments, prompt, clock, self.image)
+            seconds.append(tuple(clock.seconds))
+        frames = None
+        if self.ranks.first:
+            with (
+                stages.measure("decode"),
+                tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar,
+            ):
+                frames = decode(self.pipe, latents, bar.update)
+        return Video(prompt, latents.cpu(), frames, tuple(seconds))
+
+    def save(self, video: Video, number: int, stages: Stages) -> dict[str, Any]:
+        """Write the video of this number on rank 0, and tell the report about it."""
+        arguments, count = self.arguments, len(self.arguments.prompts)
+        path = numbered(arguments.output_path(), number, count)
+        told: dict[str, Any] = {"prompt": video.prompt.text, "output": str(path), "latents_finite": video.finite}
+        told["step_seconds"] = video.step_seconds
+        if not video.finite:
+            self.ranks.say(f"warning: the latents of {path} are not finite; try --dtype float32")
+        tensors = {"output_latents": video.latents, "output_frames": video.frames}
+        tensor_paths = {name: numbered(p, number, count) for name, p in arguments.tensor_paths().items()}
+        if video.frames is not None:
+            with stages.measure("save"):
+                save_video(video.frames, path, arguments.fps or 16)
+                for name, tensor_path in tensor_paths.items():
+                    with whole_file(tensor_path) as temporary:
+                        torch.save(tensors[name], temporary)
+        told |= {name: str(tensor_path) for name, tensor_path in tensor_paths.items()}
+        self.ranks.say(f"video: {path}")
+        return told
 
 
 def _random_prompt(pipe: Any, text: str, guided: bool, device: torch.device) -> EncodedPrompt:

@@ -16,11 +16,12 @@ from torch import Tensor
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
+from sp_sparse.generate.files import save_video
 from sp_sparse.generate.models import VideoDefaults, WanModel, fill_defaults, find_model, fresh_scheduler, load_pipeline
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
-from sp_sparse.generate.video import EncodedPrompt, decode, denoise, encode_prompt, first_frame, save_video
+from sp_sparse.generate.video import EncodedPrompt, decode, denoise, encode_prompt, first_frame
 from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.serve.arguments import ServeArguments
 from sp_sparse.serve.backend import (
