@@ -102,8 +102,12 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
     if path.suffix == ".json":
         values = json.loads(text)
     else:
-        import yaml
-
+        try:
+            import yaml
+        except ImportError as error:
+            raise ValueError(
+                f"{path} is read with pyyaml, which is not installed; pip install pyyaml, or write JSON"
+            ) from error
         try:
             values = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:

@@ -538,18 +538,18 @@ MUTATIONS = (
         "serving/api",
     ),
     Mutation(
-        "every address is public", "serve/fetch.py", "return ip.is_global and", "return True or", "serving/images"
+        "every address is public", "serve/images.py", "return ip.is_global and", "return True or", "serving/images"
     ),
     Mutation(
         "IPv4 within IPv6 is not looked at",
-        "serve/fetch.py",
+        "serve/images.py",
         "if inner is not None:",
         "if False:",
         "serving/images",
     ),
     Mutation(
         "the name is connected to, not the address",
-        "serve/fetch.py",
+        "serve/images.py",
         "httpx.URL(url).copy_with(host=address)",
         "httpx.URL(url)",
         "serving/images",

@@ -1,4 +1,4 @@
-"""`launch/generate.py` end to end: in this process, on forked ranks, and under torchrun where a process matters."""
+"""`sp_sparse.generate` end to end: in this process, on forked ranks, and under torchrun where a process matters."""
 
 from __future__ import annotations
 
@@ -258,7 +258,7 @@ def test_different_arguments_are_told_on_every_rank(tmp_path: Path) -> None:
 
 def _torchrun(ranks: int, *flags: str) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, str(ROOT / "launch" / "generate.py"), *flags]
+    return [*torchrun, "-m", "sp_sparse.generate", *flags]
 
 
 def _environment() -> dict[str, str]:

@@ -1,13 +1,17 @@
-"""What clients are told, as the OpenAPI document describes it."""
+"""What clients are told, errors included, as the OpenAPI document describes it."""
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from sp_sparse.serve.backend import ModelCard
 from sp_sparse.serve.jobs import COMPLETED, IN_PROGRESS, QUEUED, Job, Progress
+
+# Of errors, in the shape of OpenAI's API: `{"error": {"message", "type", "param", "code"}}`.
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
 class ErrorDetail(BaseModel):
@@ -21,6 +25,35 @@ class ErrorAnswer(BaseModel):
     """Why a request was refused."""
 
     error: ErrorDetail
+
+
+class ApiError(Exception):
+    """A request that is refused, with what the client should change."""
+
+    def __init__(
+        self, status: int, message: str, code: str, param: str | None = None, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.code, self.param, self.headers = status, message, code, param, headers
+
+    def response(self) -> JSONResponse:
+        kind = _TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        body = {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+        return JSONResponse(body, self.status, self.headers)
+
+
+def invalid(message: str, param: str | None = None, code: str = "invalid_value") -> ApiError:
+    """A request with something in it that cannot be."""
+    return ApiError(400, message, code, param)
+
+
+def not_found(what: str) -> ApiError:
+    return ApiError(404, f"{what} is not here", "not_found")
+
+
+def error_answers(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The refusals of a route, for the OpenAPI document."""
+    return {status: {"model": ErrorAnswer} for status in statuses}
 
 
 class JobErrorAnswer(BaseModel):

@@ -1,115 +1,39 @@
-"""The HTTP interface: OpenAI's videos, with what sparse attention adds."""
+"""The HTTP interface: the application, and its routes for videos, which are OpenAI's with what sparse attention adds."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-import time
-from collections.abc import Callable, Coroutine
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Path, Query, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from fastapi.responses import FileResponse, Response
 from starlette.exceptions import HTTPException
 
 import sp_sparse
 from sp_sparse.serve.answers import (
+    ApiError,
     DeletedAnswer,
-    ErrorAnswer,
-    HealthAnswer,
-    ModelAnswer,
-    ModelList,
     VideoAnswer,
     VideoPage,
-    video_answer,
+    error_answers,
+    invalid,
+    not_found,
 )
-from sp_sparse.serve.backend import JobParameters, VideoBackend
 from sp_sparse.serve.body import read_request, request_body
-from sp_sparse.serve.document import describe
-from sp_sparse.serve.engine import Engine
-from sp_sparse.serve.errors import ApiError, invalid, not_found
 from sp_sparse.serve.guard import Guard
 from sp_sparse.serve.images import checked_image, image_from_url
-from sp_sparse.serve.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, Job
-from sp_sparse.serve.limits import Limits
-from sp_sparse.serve.metrics import Metrics
-from sp_sparse.serve.page import page_response
+from sp_sparse.serve.info import add_server_routes, describe
+from sp_sparse.serve.jobs import COMPLETED, FAILED, Job
 from sp_sparse.serve.requests import job_parameters
-from sp_sparse.serve.store import JobStore, QueueFullError
+from sp_sparse.serve.service import Service
 
 _POLL_S = 0.1
 
 VideoId = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$")]
-
-
-@dataclass(frozen=True)
-class Service:
-    """What the handlers work with.
-
-    Attributes:
-        keep_s: seconds that a video is kept.
-        host: name or address that the server listens on.
-    """
-
-    backend: VideoBackend
-    store: JobStore
-    engine: Engine
-    limits: Limits
-    metrics: Metrics
-    keep_s: float
-    host: str
-    api_key: str | None
-
-    def answer(self, job: Job) -> VideoAnswer:
-        running = self.engine.running
-        progress = running.progress if running is not None and running.id == job.id else None
-        ahead = self.store.ahead_of(job) if job.status == QUEUED else None
-        return video_answer(job, self.backend.card, progress if job.status == IN_PROGRESS else None, ahead, self.keep_s)
-
-    def job(self, job_id: str) -> Job:
-        job = self.store.get(job_id)
-        if job is None:
-            raise not_found(job_id)
-        return job
-
-    def add(self, parameters: JobParameters) -> Job:
-        """Store a job and wake the engine."""
-        try:
-            self.backend.check(parameters)
-        except ValueError as error:
-            raise invalid(str(error)) from error
-        if self.engine.draining:
-            raise ApiError(
-                503, "the server is shutting down; try again soon", "draining", headers={"Retry-After": "30"}
-            )
-        try:
-            job = self.store.add(parameters, self.limits.queue)
-        except QueueFullError as error:
-            self.metrics.rejected()
-            text = f"{self.limits.queue} jobs wait already; try again later"
-            raise ApiError(429, text, "queue_full", headers={"Retry-After": str(self._retry_after())}) from error
-        self.engine.wake()
-        return job
-
-    def delete(self, job_id: str) -> None:
-        try:
-            deleted = self.store.delete(job_id)
-        except KeyError as error:
-            raise not_found(job_id) from error
-        except ValueError as error:
-            raise ApiError(409, str(error), "cancelling") from error
-        if deleted == "cancelling":
-            self.engine.cancel(job_id)
-
-    def _retry_after(self) -> int:
-        """When the running job is expected to make room."""
-        running = self.engine.running
-        eta = None if running is None else running.progress.eta_s
-        return max(1, min(600, round(10 if eta is None else eta)))
 
 
 def create_app(service: Service) -> FastAPI:
@@ -118,7 +42,7 @@ def create_app(service: Service) -> FastAPI:
         title="sp_sparse video server",
         version=sp_sparse.__version__,
         redoc_url=None,
-        responses={status: {"model": ErrorAnswer} for status in (400, 401, 403, 408, 429)},
+        responses=error_answers(400, 401, 403, 408, 429),
     )
     app.add_middleware(
         Guard, limits=service.limits, metrics=service.metrics, api_key=service.api_key, host=service.host
@@ -126,13 +50,9 @@ def create_app(service: Service) -> FastAPI:
     _add_error_handlers(app)
     _add_video_routes(app, service)
     _add_sync_route(app, service)
-    _add_other_routes(app, service)
+    add_server_routes(app, service)
     describe(app, service.api_key is not None)
     return app
-
-
-def _errors(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    return {status: {"model": ErrorAnswer} for status in statuses}
 
 
 def _add_error_handlers(app: FastAPI) -> None:
@@ -182,7 +102,7 @@ def _add_video_routes(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/videos",
         response_model=VideoAnswer,
-        responses=_errors(404, 413, 415, 503),
+        responses=error_answers(404, 413, 415, 503),
         openapi_extra={"requestBody": request_body()},
         tags=["videos"],
     )
@@ -205,7 +125,7 @@ def _add_video_routes(app: FastAPI, service: Service) -> None:
         first, last = (jobs[0].id, jobs[-1].id) if jobs else (None, None)
         return VideoPage(data=[service.answer(job) for job in jobs], first_id=first, last_id=last, has_more=more)
 
-    @app.get("/v1/videos/{video_id}", response_model=VideoAnswer, responses=_errors(404), tags=["videos"])
+    @app.get("/v1/videos/{video_id}", response_model=VideoAnswer, responses=error_answers(404), tags=["videos"])
     def get_video(video_id: VideoId) -> VideoAnswer:
         """A job as it stands."""
         return service.answer(service.job(video_id))
@@ -219,7 +139,7 @@ def _add_video_routes(app: FastAPI, service: Service) -> None:
     @app.get(
         "/v1/videos/{video_id}/content",
         response_class=FileResponse,
-        responses={**content, **_errors(404, 422)},
+        responses={**content, **error_answers(404, 422)},
         tags=["videos"],
     )
     @app.head("/v1/videos/{video_id}/content", include_in_schema=False)
@@ -233,7 +153,9 @@ def _add_video_routes(app: FastAPI, service: Service) -> None:
             raise ApiError(404, f"{video_id} has no video yet; ask again when its status is completed", "not_ready")
         return FileResponse(path, media_type="video/mp4", filename=f"{video_id}.mp4", content_disposition_type="inline")
 
-    @app.delete("/v1/videos/{video_id}", response_model=DeletedAnswer, responses=_errors(404, 409), tags=["videos"])
+    @app.delete(
+        "/v1/videos/{video_id}", response_model=DeletedAnswer, responses=error_answers(404, 409), tags=["videos"]
+    )
     def delete_video(video_id: VideoId) -> DeletedAnswer:
         """Remove a job and its video; one that runs stops at its next step."""
         service.delete(video_id)
@@ -244,7 +166,7 @@ def _add_sync_route(app: FastAPI, service: Service) -> None:
     @app.post(
         "/v1/videos/sync",
         response_class=FileResponse,
-        responses={200: {"content": {"video/mp4": {}}}, **_errors(404, 413, 415, 422, 503)},
+        responses={200: {"content": {"video/mp4": {}}}, **error_answers(404, 413, 415, 422, 503)},
         openapi_extra={"requestBody": request_body()},
         tags=["videos"],
     )
@@ -278,50 +200,3 @@ async def _ended(service: Service, request: Request, job_id: str) -> Job | None:
                 await run_in_threadpool(service.delete, job_id)
             return None
         await asyncio.sleep(_POLL_S)
-
-
-def _add_other_routes(app: FastAPI, service: Service) -> None:
-    started = int(time.time())
-
-    def model() -> ModelAnswer:
-        card, limits = asdict(service.backend.card), asdict(service.limits)
-        return ModelAnswer(id=card.pop("name"), created=started, defaults=card, limits=limits)
-
-    @app.get("/v1/models", response_model=ModelList, tags=["models"])
-    def list_models() -> ModelList:
-        """The one model of this server."""
-        return ModelList(data=[model()])
-
-    @app.get("/v1/models/{model_id:path}", response_model=ModelAnswer, responses=_errors(404), tags=["models"])
-    def get_model(model_id: str) -> ModelAnswer:
-        """The model of this name."""
-        if model_id != service.backend.card.name:
-            raise ApiError(404, f"this server has {service.backend.card.name!r}", "model_not_found")
-        return model()
-
-    def health() -> HealthAnswer:
-        # Without the store, which may be waiting for a disk.
-        state: Literal["loading", "ready", "draining"] = "ready" if service.engine.ready else "loading"
-        state = "draining" if service.engine.draining else state
-        return HealthAnswer(live=True, ready=state == "ready", state=state)
-
-    @app.get("/health", response_model=HealthAnswer, tags=["server"])
-    @app.get("/health/live", response_model=HealthAnswer, tags=["server"])
-    async def live() -> HealthAnswer:
-        """200 while the process answers, whatever it is at."""
-        return health()
-
-    @app.get("/health/ready", response_model=HealthAnswer, responses={503: {"model": HealthAnswer}}, tags=["server"])
-    async def ready() -> Response:
-        """200 while jobs are run; 503 while the model loads or the server drains."""
-        answer = health()
-        return JSONResponse(answer.model_dump(), 200 if answer.ready else 503)
-
-    @app.get("/metrics", response_class=PlainTextResponse, tags=["server"])
-    def metrics() -> Response:
-        """For Prometheus."""
-        text = service.metrics.exposition(service.store.counts(), service.engine.ready)
-        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-    page: Callable[[], Coroutine[Any, Any, Response]] = page_response()
-    app.get("/", include_in_schema=False)(page)

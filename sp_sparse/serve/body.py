@@ -8,7 +8,7 @@ from fastapi import Request
 from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
-from sp_sparse.serve.errors import ApiError, invalid
+from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.requests import VideoRequest
 
 _JSON, _FORM = "application/json", "multipart/form-data"

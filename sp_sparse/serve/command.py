@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 from sp_sparse.generate.console import report_error
 from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment, start_ranks
 from sp_sparse.parallel.agreement import RefusedError
+from sp_sparse.serve.api import create_app
 from sp_sparse.serve.arguments import ServeArguments
 from sp_sparse.serve.control import Control
 from sp_sparse.serve.engine import Engine, follow
 from sp_sparse.serve.metrics import Metrics
 from sp_sparse.serve.runner import Bounds, JobRunner
+from sp_sparse.serve.service import Service
 from sp_sparse.serve.store import JobStore
 from sp_sparse.serve.watchdog import Watchdog
 from sp_sparse.serve.web import WebServer, listen
@@ -115,8 +117,6 @@ class _FirstRank:
         watchdog: Watchdog,
         bounds: Bounds,
     ) -> None:
-        from sp_sparse.serve.api import Service, create_app
-
         self._arguments, self._backend = arguments, backend
         listener = listen(arguments.host, arguments.port)
         self._store = JobStore(Path(arguments.data_dir), arguments.max_tries)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from fastapi.responses import Response
 from starlette.requests import ClientDisconnect
 
-from sp_sparse.serve.errors import ApiError
+from sp_sparse.serve.answers import ApiError
 from sp_sparse.serve.limits import Limits
 from sp_sparse.serve.metrics import Metrics
 

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.backend import IMAGE_NEVER, IMAGE_REQUIRED, JobParameters, ModelCard
-from sp_sparse.serve.errors import ApiError, invalid
 from sp_sparse.serve.limits import Limits
 
 _LARGEST = 10_000_000

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sp_sparse.serve.api import Service, create_app
+from sp_sparse.serve.api import create_app
 from sp_sparse.serve.backend import JobParameters, Measured, ModelCard
 from sp_sparse.serve.control import Control
 from sp_sparse.serve.engine import Engine
 from sp_sparse.serve.limits import Limits
 from sp_sparse.serve.metrics import Metrics
 from sp_sparse.serve.runner import Bounds, JobRunner
+from sp_sparse.serve.service import Service
 from sp_sparse.serve.store import JobStore
 from sp_sparse.serve.watchdog import Watchdog
 from sp_sparse.serve.web import WebServer, listen

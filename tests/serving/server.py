@@ -77,7 +77,7 @@ class Client:
 
 
 class RankServer(Client):
-    """`launch/serve.py` on forked ranks; everything is ended when the context is left."""
+    """`sp_sparse.serve` on forked ranks; everything is ended when the context is left."""
 
     def __init__(self, folder: Path, world: int, *flags: str, program: Callable[[list[str]], int] = main) -> None:
         self.folder, self.world, self.port, self._program = folder, world, free_port(), program

@@ -1,4 +1,4 @@
-"""`launch/serve.py` from the outside: what it refuses, and what a configuration file says."""
+"""`sp_sparse.serve` from the outside: what it refuses, and what a configuration file says."""
 
 from __future__ import annotations
 
