@@ -13,16 +13,9 @@ import sp_sparse
 
 PACKAGE = Path(sp_sparse.__file__).parent
 FRAMEWORKS = {
-    "diffusers",
-    "transformers",
-    "vllm",
-    "vllm_omni",
-    "fastapi",
-    "uvicorn",
-    "pydantic",
-    "httpx",
-    "tqdm",
-    "PIL",
+    *("diffusers", "transformers", "imageio", "PIL"),
+    *("vllm", "vllm_omni"),
+    *("fastapi", "uvicorn", "pydantic", "httpx"),
 }
 
 # Those that may know a framework.
