@@ -83,12 +83,11 @@ def _measure(arguments: RunArguments, ranks: Ranks) -> int:
 
 
 def _kernels(flags: list[str]) -> int:
-    from launch import benchmark_kernels
+    from launch.benchmarks import kernels
 
     if not torch.cuda.is_available() and not {"-h", "--help"} & set(flags):
         raise ValueError("kernels are measured on a GPU, and none is visible here; run this on a machine with one")
-    sys.argv = ["benchmark.py kernels", *flags]
-    benchmark_kernels.main()
+    kernels.main(flags)
     return 0
 
 

@@ -19,7 +19,16 @@ Row = dict[str, Any]
 
 _NEEDED = ("what", "gpus", "ulysses", "ring", "sequence", "density", "kernel", "ms_median", "speedup")
 
-_PACKAGES = ("triton", "diffusers", "flash-attn-4", "flashinfer-python", "vllm-omni", "vllm", "fa3-fwd")
+_PACKAGES = (
+    "triton",
+    "diffusers",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "flashinfer-python",
+    "vllm-omni",
+    "vllm",
+    "fa3-fwd",
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,4 @@
-"""Time the block-sparse attention kernels, dense attention and the block means on one GPU.
-
-    python launch/benchmark_kernels.py --output kernels.jsonl
+"""`benchmark kernels`: the block-sparse attention kernels, dense attention and the block means on one GPU.
 
 Every key block list is random and of equal length, the worst case for the L2 cache. Writes one JSON object a line and
 prints a table last. Attended TFLOP/s count 4 * D operations for every attended (query, key) pair. `plan_ms` is what
@@ -13,19 +11,17 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from datetime import date
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from launch.benchmarks.results import Row, environment
 from sp_sparse.kernels.base import Kernel, KernelInfo
 from sp_sparse.kernels.fa4 import FA4Kernel, block_lists
 from sp_sparse.kernels.flashinfer import FlashInferKernel
@@ -33,8 +29,6 @@ from sp_sparse.kernels.registry import KernelRequest, load_kernel, why_not
 from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.mask import BlockMask, num_blocks
 from sp_sparse.selection.summaries import block_means
-
-Row = dict[str, Any]
 
 # Dense attention and block means are timed as rows of their own.
 DENSE, MEANS = "cudnn_dense", "block_means"
@@ -52,8 +46,8 @@ COLUMNS = (
 )
 
 
-def main() -> None:
-    args = parse_args()
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
     device = torch.device("cuda")
     torch.manual_seed(0)
     rows = []
@@ -68,8 +62,10 @@ def main() -> None:
     print(table(rows))
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmark.py kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--sequences", type=int, nargs="+", default=[32760, 75600], help="tokens")
     parser.add_argument(
         "--densities", type=float, nargs="+", default=[1.0, 0.5, 0.3, 0.1], help="share of key blocks kept"
@@ -86,7 +82,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=3)
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--output", type=Path, help="file that JSON lines are added to")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 def measure(args: argparse.Namespace, device: torch.device) -> Iterator[Row]:
@@ -130,8 +126,7 @@ def describe(
     return {
         "what": "kernels", "kernel": kernel, "sequence": sequence, "batch": 1, "heads": args.heads,
         "head_dim": args.head_dim, "dtype": "bfloat16", "block_size": block_size, "density": round(density, 4),
-        "warmup": args.warmup, "repetitions": args.repetitions, "hardware": torch.cuda.get_device_name(device),
-        "versions": versions(), "date": date.today().isoformat(),
+        "warmup": args.warmup, "repetitions": args.repetitions, **environment(device),
     }  # fmt: skip
 
 
@@ -237,23 +232,9 @@ def parse_block_size(text: str) -> tuple[int, int]:
     return int(query), int(key)
 
 
-def versions() -> dict[str, str]:
-    found = {"torch": torch.__version__, "cudnn": str(torch.backends.cudnn.version())}
-    for name in ("triton", "flash-attn-4", "nvidia-cutlass-dsl", "flashinfer-python", "sp-sparse"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
 def table(rows: list[Row]) -> str:
     lines = [[str("-" if row.get(column) is None else row[column]) for column in COLUMNS] for row in rows]
     widths = [max(map(len, cells)) for cells in zip(COLUMNS, *lines, strict=True)]
     return "\n".join(
         "  ".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=True)) for cells in [list(COLUMNS), *lines]
     )
-
-
-if __name__ == "__main__":
-    main()
