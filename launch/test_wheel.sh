@@ -22,7 +22,7 @@ mkdir "$folder/source" "$folder/elsewhere" "$folder/probe"
 cp -r pyproject.toml README.md sp_sparse "$folder/source"
 "$python" -m pip wheel --quiet --no-deps --wheel-dir "$folder" "$folder/source"
 wheel=("$folder"/sp_sparse-*.whl)
-"$python" -m zipfile --list "${wheel[0]}" | grep -q "sp_sparse/serve/static/index.html" || fail "the wheel lacks the page"
+[[ "$("$python" -m zipfile --list "${wheel[0]}")" == *sp_sparse/serve/static/index.html* ]] || fail "the wheel lacks the page"
 # pip keeps an installed package of the same version.
 "$python" -m pip uninstall --quiet --yes sp-sparse 2>/dev/null
 "$python" -m pip install --quiet "${wheel[0]}[diffusers,serve]"
