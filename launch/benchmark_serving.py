@@ -1,7 +1,7 @@
-"""What the server costs over `generate.py`: the same videos through both, on every mesh; a table and JSON lines.
+"""What the server costs over `sp_sparse.generate`: the same videos through both, on every mesh; a table and JSON lines.
 
 Run it plainly: it starts `torchrun` itself, first for the server, which makes two videos one after the other, then for
-`generate.py`, which makes the same video after one that warms it up.
+`sp_sparse.generate`, which makes the same video after one that warms it up.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ import torch
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
-from launch.benchmarks.environment import environment  # noqa: E402
-from launch.video import decoded_pixels  # noqa: E402
+from launch.benchmarks.results import environment  # noqa: E402
+from sp_sparse.generate.files import decoded_pixels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 _JOBS = 2
@@ -122,7 +122,7 @@ def _served_video(arguments: argparse.Namespace, http: httpx.Client, folder: Pat
 
 
 def _generate(arguments: argparse.Namespace, ranks: int, flags: list[str], folder: Path) -> list[Video]:
-    """The videos as `generate.py` makes them, without the first, which warms up."""
+    """The videos as `sp_sparse.generate` makes them, without the first, which warms up."""
     prompts, video = folder / "prompts.txt", folder / "video.mp4"
     prompts.write_text("a cat walks on the grass\n" * (_JOBS + 1), encoding="utf-8")
     width, height = arguments.size.split("x")

@@ -13,7 +13,7 @@ from launch.benchmarks.omni_model import do_without_compiled_parts  # noqa: E402
 do_without_compiled_parts()
 
 from launch.benchmarks.omni import main  # noqa: E402
-from launch.ranks import leave  # noqa: E402
+from sp_sparse.generate.ranks import leave  # noqa: E402
 
 if __name__ == "__main__":
     leave(main())

@@ -24,9 +24,8 @@ from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
-from launch.benchmarks.environment import environment  # noqa: E402
+from launch.benchmarks.results import environment  # noqa: E402
 from launch.benchmarks.timing import Timer  # noqa: E402
-from launch.ranks import Ranks  # noqa: E402
 from sp_sparse import (  # noqa: E402
     AttentionRecorder,
     SequenceParallelMesh,
@@ -34,6 +33,7 @@ from sp_sparse import (  # noqa: E402
     SparseAttentionConfig,
     VideoGrid,
 )
+from sp_sparse.generate.ranks import Ranks  # noqa: E402
 
 
 @dataclass(frozen=True)

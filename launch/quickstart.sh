@@ -34,7 +34,7 @@ for mesh in "${meshes[@]}"; do
     name="$folder/tiny_u${ulysses}_r${ring}"
     echo "tiny Wan 2.2, Ulysses $ulysses x ring $ring ..."
     # The log is shown if the job fails.
-    .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$((ulysses * ring))" launch/generate.py \
+    .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$((ulysses * ring))" -m sp_sparse.generate \
         --model tiny --num-inference-steps 8 --ulysses-degree "$ulysses" --ring-degree "$ring" \
         --sparse-attn-backend auto --sparse-attn-topk 0.3 --sparse-attn-schedule constant --sparse-attn-token-order tile \
         --output "$name.mp4" --output-latents "${name}_latents.pt" --output-frames "${name}_frames.pt" \

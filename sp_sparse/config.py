@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from sp_sparse.flags import add_flags, option
 from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
 KV_EXCHANGES = ("ring", "all_gather")
 
-
-def _option(default: Any, text: str, parse: Callable[[str], Any] = str, choices: tuple[str, ...] = ()) -> Any:
-    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
+# Of the names of the flags: `topk` is `--sparse-attn-topk`.
+FLAG_PREFIX = "sparse_attn_"
 
 
 def _flag_bool(text: str) -> bool:
@@ -50,36 +50,34 @@ class SparseAttentionConfig:
         ValueError: a value outside its range; the text names the value and what is allowed.
     """
 
-    backend: str = _option(
+    backend: str = option(
         "none", "kernel: none (leave the model as it is), auto, a kernel's name, or package.module:Class"
     )
-    topk: float = _option(
+    topk: float = option(
         0.3, "density: share of key blocks that each query block keeps, in (0, 1]; 1.0 is dense", float
     )
-    topk_2: float | None = _option(None, "topk of the second (low-noise) expert, if it differs", float)
-    schedule: str = _option("conservative", "density over layers and steps", choices=SCHEDULES)
-    schedule_2: str | None = _option(None, "schedule of the second expert, if it differs", choices=SCHEDULES)
-    schedule_table: tuple[tuple[float, ...], ...] = _option(
+    topk_2: float | None = option(None, "topk of the second (low-noise) expert, if it differs", float)
+    schedule: str = option("conservative", "density over layers and steps", choices=SCHEDULES)
+    schedule_2: str | None = option(None, "schedule of the second expert, if it differs", choices=SCHEDULES)
+    schedule_table: tuple[tuple[float, ...], ...] = option(
         (), "densities over the steps, such as 1,1,0.5,0.3, or a JSON list of one such list a layer", _table
     )
-    schedule_table_2: tuple[tuple[float, ...], ...] = _option((), "schedule table of the second expert", _table)
-    dense_steps: int = _option(0, "first denoising steps that stay dense", int)
-    dense_layers: int = _option(0, "first layers that stay dense", int)
-    selector: str = _option(
+    schedule_table_2: tuple[tuple[float, ...], ...] = option((), "schedule table of the second expert", _table)
+    dense_steps: int = option(0, "first denoising steps that stay dense", int)
+    dense_layers: int = option(0, "first layers that stay dense", int)
+    selector: str = option(
         "topk",
         "topk (highest scores of mean queries and keys), window (only the blocks always kept), the name of another "
         "package's selector, or package.module:Class",
     )
-    keep_diagonal: bool = _option(True, "always keep the key blocks at the query block's own place", _flag_bool)
-    keep_first_frame: bool = _option(
-        False, "always keep the key blocks that hold tokens of the first frame", _flag_bool
-    )
-    window: int = _option(0, "key blocks always kept on either side of the diagonal", int)
-    block_size: tuple[int, int] = _option(
+    keep_diagonal: bool = option(True, "always keep the key blocks at the query block's own place", _flag_bool)
+    keep_first_frame: bool = option(False, "always keep the key blocks that hold tokens of the first frame", _flag_bool)
+    window: int = option(0, "key blocks always kept on either side of the diagonal", int)
+    block_size: tuple[int, int] = option(
         (128, 128), "tokens of a block, as 128 or as 128x64 (query x key)", _block_size
     )
-    token_order: str = _option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
-    kv_exchange: str = _option(
+    token_order: str = option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
+    kv_exchange: str = option(
         "ring",
         "how ring ranks come by the others' keys and values: one shard a hop, or all at once",
         choices=KV_EXCHANGES,
@@ -90,10 +88,10 @@ class SparseAttentionConfig:
         object.__setattr__(self, "block_size", (size, size) if isinstance(size, int) else tuple(size))
         object.__setattr__(self, "schedule_table", _rows(self.schedule_table))
         object.__setattr__(self, "schedule_table_2", _rows(self.schedule_table_2))
-        for option in fields(self):
-            value, choices = getattr(self, option.name), option.metadata["choices"]
+        for entry in fields(self):
+            value, choices = getattr(self, entry.name), entry.metadata["choices"]
             if choices and value is not None and value not in choices:
-                raise ValueError(f"{option.name}={value!r} is not known; use one of {', '.join(choices)}")
+                raise ValueError(f"{entry.name}={value!r} is not known; use one of {', '.join(choices)}")
         if len(self.block_size) != 2 or min(self.block_size) < 8 or max(self.block_size) > 256:
             raise ValueError(f"block_size {self.block_size}: each of (query, key) must be in [8, 256]; use (128, 128)")
         if self.window < 0:
@@ -115,33 +113,22 @@ class SparseAttentionConfig:
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
         """Add `--sparse-attn-…` flags, `_` for `-` accepted; one that is not given stays absent from the namespace."""
-        group = parser.add_argument_group("sparse attention")
-        for option in fields(cls):
-            flag = f"--sparse-attn-{option.name.replace('_', '-')}"
-            group.add_argument(
-                flag,
-                f"--{flag[2:].replace('-', '_')}",
-                dest=f"sparse_attn_{option.name}",
-                type=option.metadata["parse"],
-                choices=option.metadata["choices"] or None,
-                default=argparse.SUPPRESS,
-                help=f"{option.metadata['help']} (default: {option.default})".replace("%", "%%"),
-            )
+        add_flags(parser.add_argument_group("sparse attention"), cls, FLAG_PREFIX)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
         """From `{"topk": 0.3, …}`, refusing unknown names; texts are read as the flags are."""
-        known = {option.name for option in fields(cls)}
+        known = {entry.name for entry in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
                 f"unknown sparse attention options {', '.join(unknown)}; known are {', '.join(sorted(known))}"
             )
-        parsers = {option.name: option.metadata["parse"] for option in fields(cls)}
+        parsers = {entry.name: entry.metadata["parse"] for entry in fields(cls)}
         return cls(**{n: parsers[n](v) if isinstance(v, str) else v for n, v in values.items()})
 
     @classmethod
     def from_flags(cls, namespace: argparse.Namespace) -> SparseAttentionConfig:
         """From a namespace that `add_flags` filled."""
         given = vars(namespace)
-        return cls(**{o.name: given[f"sparse_attn_{o.name}"] for o in fields(cls) if f"sparse_attn_{o.name}" in given})
+        return cls(**{o.name: given[FLAG_PREFIX + o.name] for o in fields(cls) if FLAG_PREFIX + o.name in given})

@@ -20,7 +20,7 @@ from launch.benchmarks.results import Measurement
 from launch.benchmarks.session import Session
 from launch.benchmarks.timing import Times
 from launch.benchmarks.transformer import measure_transformer
-from launch.ranks import Ranks
+from sp_sparse.generate.ranks import Ranks
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from launch.arguments import GenerateArguments
-from launch.flags import flag_of, options_of
-from launch.serving.arguments import ServeArguments
 from sp_sparse import SparseAttentionConfig
+from sp_sparse.flags import flag_of, options_of
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.serve.arguments import ServeArguments
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
@@ -37,7 +37,7 @@ def test_every_flag_of_the_server_is_described() -> None:
 
 
 def test_every_field_of_a_request_is_described() -> None:
-    from sp_sparse.serving.requests import VideoRequest
+    from sp_sparse.serve.requests import VideoRequest
 
     text = (ROOT / "docs/serving.md").read_text()
     table = text[text.index("### Fields of a request") : text.index("### Fields of a job")]

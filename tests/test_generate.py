@@ -1,4 +1,4 @@
-"""`launch/generate.py` end to end: in this process, on forked ranks, and under torchrun where a process matters."""
+"""`sp_sparse.generate` end to end: in this process, on forked ranks, and under torchrun where a process matters."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import diffusers
 import pytest
 import torch
 
-from launch.application import main
-from launch.arguments import parse_arguments
 from launch.compare import main as compare
-from launch.random_models import tiny_image_to_video, tiny_text_to_video
+from sp_sparse.generate.__main__ import main
+from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_to_video
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
 from tests.processes import process_of_rank, wait_for
@@ -196,6 +196,10 @@ def test_lora_of_each_expert(tmp_path: Path) -> None:
         (["--ulysses-degree", "2"], r"ulysses 2 x ring 1 x cfg 1 = 2 ranks are asked for, but 1 run"),
         (["--ring-degree", "0"], "--ring-degree 0 is below 1"),
         (["--sparse-attn-backend", "nonesuch"], "unknown sparse attention backend 'nonesuch'; use one of auto"),
+        (
+            ["--sparse-attn-backend", "auto", "--sparse-attn-selector", "best"],
+            "unknown selector 'best'; use one of topk, window",
+        ),
         ([*SPARSE, "--sparse-attn-topk", "0"], r"topk 0.0 is outside \(0, 1\]"),
         ([*SPARSE, "--sparse-attn-topk", "1.5"], r"topk 1.5 is outside \(0, 1\]"),
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
@@ -253,12 +257,12 @@ def _rank_generates_with_its_own_seed(rank: int, folder: str) -> None:
 def test_different_arguments_are_told_on_every_rank(tmp_path: Path) -> None:
     run_ranks(2, _rank_generates_with_its_own_seed, str(tmp_path), timeout_s=20)
     for rank in range(2):
-        assert "ranks differ in seed (rank 0: 0, rank 1: 1)" in (tmp_path / f"rank_{rank}").read_text()
+        assert "ranks differ in seed (rank 0: 0; rank 1: 1)" in (tmp_path / f"rank_{rank}").read_text()
 
 
 def _torchrun(ranks: int, *flags: str) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, str(ROOT / "launch" / "generate.py"), *flags]
+    return [*torchrun, "-m", "sp_sparse.generate", *flags]
 
 
 def _environment() -> dict[str, str]:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from launch.random_models import tiny_image_to_video, tiny_text_image_to_video, tiny_text_to_video
+from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_image_to_video, tiny_text_to_video
 
 # 4 x 4 x 4 = 64 tokens; the VAE of TI2V shrinks twice as much.
 SIZE = {"height": 64, "width": 64, "num_frames": 13}

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import sys
-import time
-import warnings
 from collections.abc import Sequence
-from dataclasses import fields
 
 import torch
 
@@ -19,10 +15,9 @@ from launch.benchmarks.arguments import (
     TransformerArguments,
     parse_arguments,
 )
-from launch.console import tell
-from launch.ranks import USER_ERRORS, Ranks, RefusedError, rank_from_environment, start_ranks
-
-_PATIENCE_S = 5.0
+from sp_sparse.generate.console import be_quiet, refuse_arguments, tell
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment, start_ranks
+from sp_sparse.parallel.agreement import RefusedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -39,16 +34,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if isinstance(arguments, PlotArguments):
             return _plot(arguments)
     except USER_ERRORS as error:
-        if rank_from_environment() != 0:
-            time.sleep(_PATIENCE_S)  # rank 0 says the same, and torchrun then stops this one
-        else:
-            tell(str(error))
-        return 2
+        return refuse_arguments(error)
     return _run(arguments)
 
 
 def _run(arguments: RunArguments) -> int:
-    _be_quiet(rank_from_environment() == 0)
+    be_quiet(rank_from_environment() == 0)
     try:
         with start_ranks(arguments.device, arguments.timeout_s) as ranks, torch.no_grad():
             try:
@@ -67,8 +58,7 @@ def _run(arguments: RunArguments) -> int:
 def _measure(arguments: RunArguments, ranks: Ranks) -> int:
     from launch.benchmarks.session import Session
 
-    names = tuple(option.name for option in fields(arguments))
-    ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
+    ranks.check_same(arguments)
     ranks.together(lambda: arguments.check(ranks.world))
     session = ranks.together(lambda: Session(ranks, arguments.output, arguments.time_limit_s))
     try:
@@ -93,12 +83,11 @@ def _measure(arguments: RunArguments, ranks: Ranks) -> int:
 
 
 def _kernels(flags: list[str]) -> int:
-    from launch import benchmark_kernels
+    from launch.benchmarks import kernels
 
     if not torch.cuda.is_available() and not {"-h", "--help"} & set(flags):
         raise ValueError("kernels are measured on a GPU, and none is visible here; run this on a machine with one")
-    sys.argv = ["benchmark.py kernels", *flags]
-    benchmark_kernels.main()
+    kernels.main(flags)
     return 0
 
 
@@ -110,11 +99,3 @@ def _plot(arguments: PlotArguments) -> int:
     for path in action(arguments.results, arguments.output_dir):
         print(path)
     return 0
-
-
-def _be_quiet(first: bool) -> None:
-    """Leave warnings to rank 0."""
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    if not first:
-        warnings.simplefilter("ignore")
-        os.environ["DIFFUSERS_VERBOSITY"] = "error"

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from launch.benchmarks.arguments import LayerArguments
-from launch.ranks import Ranks
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
+from sp_sparse.generate.ranks import Ranks
 from sp_sparse.parallel.shards import SequenceShards
 
 Inputs = tuple[Tensor, Tensor, Tensor]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,8 +16,9 @@ from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
 from launch.benchmarks.wan import tokens_of
-from launch.console import tell
-from launch.ranks import USER_ERRORS, Ranks, RefusedError, start_ranks
+from sp_sparse.generate.console import tell
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, start_ranks
+from sp_sparse.parallel.agreement import RefusedError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,8 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with start_ranks(arguments.device, arguments.timeout_s) as ranks, torch.no_grad():
             _start_group_of_one(ranks)
-            names = tuple(option.name for option in fields(arguments))
-            ranks.check_same(names, tuple(getattr(arguments, name) for name in names))
+            ranks.check_same(arguments)
             benchmark = ranks.together(lambda: _OmniBenchmark(arguments, ranks))
             return benchmark.run()
     except RefusedError as refused:

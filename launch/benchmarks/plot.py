@@ -1,17 +1,20 @@
-"""`benchmark plot`: pictures of what was measured."""
+"""`benchmark plot`: pictures of what was measured, and what all pictures share."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from launch.benchmarks.pictures import COLOURS, mesh_name, mode_name, prepare, save, title
-from launch.benchmarks.plot_timeline import draw_timeline
-from launch.benchmarks.results_file import Row, read_results
+from launch.benchmarks.gpu_trace import PARTS
+from launch.benchmarks.results import Row, read_results
+from sp_sparse.generate.files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+_COLOURS = ("#4477aa", "#66ccee", "#228833", "#ccbb44", "#ee6677", "#bbbbbb")  # Paul Tol's, for the colour-blind
+_COLOUR_OF = dict(zip(("attention", "selection", "merge", "copies", "exchange"), _COLOURS, strict=False))
 
 _PARTS = (
     ("ms_kernel", "sparse kernel"),
@@ -45,7 +48,7 @@ def draw(results: Sequence[Path], folder: Path) -> list[Path]:
                 drawn.append(_draw_parts(parted, folder / f"parts_{what}_{sequence}.png"))
     for row in (row for row in rows if row["what"] == "timeline"):
         name = "timeline_{sequence}_{ulysses}x{ring}_{kernel}_{density:.2f}.png".format(**row)
-        drawn.append(draw_timeline(row, folder / name))
+        drawn.append(_draw_timeline(row, folder / name))
     if not drawn:
         raise ValueError(
             f"{', '.join(map(str, results))}: {len(rows)} results, nothing to draw; measure densities below 1 "
@@ -89,7 +92,7 @@ def _draw_parts(rows: list[Row], path: Path) -> Path:
     figure = Figure(figsize=(max(7.0, 0.75 * len(rows) + 2), 4.8), layout="constrained")
     axes: Axes = figure.subplots()
     heights = [0.0] * len(rows)
-    for (key, label), colour in zip(_PARTS, COLOURS, strict=True):
+    for (key, label), colour in zip(_PARTS, _COLOURS, strict=True):
         # A part that is within the noise of the layer's own time may come out below 0.
         values = [max(row[key], 0.0) for row in rows]
         axes.bar(range(len(rows)), values, bottom=heights, color=colour, label=label, width=0.75)
@@ -114,3 +117,70 @@ def _series(row: Row, rows: list[Row]) -> str:
     if len({other.get("compiled") for other in rows}) > 1:
         name += mode_name(row)
     return name
+
+
+def _draw_timeline(row: Row, path: Path) -> Path:
+    """One call of the layer, as `benchmark timeline` wrote it: two lanes a GPU, what computes and what exchanges."""
+    from matplotlib.figure import Figure
+
+    works = row["timeline"]
+    ranks = sorted({rank for rank, *_ in works})
+    figure = Figure(figsize=(11, 1.4 + 0.8 * len(ranks)), layout="constrained")
+    axes: Axes = figure.subplots()
+    for part in PARTS:
+        for rank in ranks:
+            spans = [(start, end - start) for r, _, p, _, start, end in works if (r, p) == (rank, part)]
+            axes.broken_barh(spans, (_lane(rank, part) - 0.4, 0.8), color=_COLOUR_OF[part])
+        axes.barh([0], [0], color=_COLOUR_OF[part], label=part)  # its entry in the legend
+    axes.set_yticks(
+        [_lane(rank, part) for rank in ranks for part in ("attention", "exchange")],
+        [f"GPU {rank} {what}" for rank in ranks for what in ("computes", "exchanges")],
+        fontsize=8,
+    )
+    axes.invert_yaxis()
+    axes.set_xlim(0, row["ms_median"])
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title(row, f"{mesh_name(row)}, {row['kernel']}, density {row['density']:.2f}"), fontsize=10)
+    axes.legend(fontsize=8, ncols=len(PARTS), loc="upper center", bbox_to_anchor=(0.5, -0.25))
+    return save(figure, path)
+
+
+def _lane(rank: int, part: str) -> int:
+    return 2 * rank + (part == "exchange")
+
+
+def prepare(folder: Path) -> None:
+    """Make the folder for pictures.
+
+    Raises:
+        ValueError: no matplotlib.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ValueError(
+            "matplotlib is not installed, and pictures need it; pip install 'sp-sparse[benchmark]'"
+        ) from error
+    matplotlib.use("Agg")
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def mesh_name(row: Row) -> str:
+    if row["gpus"] == 1:
+        return "1 rank"
+    return f"U{row['ulysses']}×R{row['ring']}{' all-gather' if row.get('kv_exchange') == 'all_gather' else ''}"
+
+
+def mode_name(row: Row) -> str:
+    """Of a transformer; nothing for what has no modes."""
+    return {None: "", True: ", compiled", False: ", eager"}[row.get("compiled")]
+
+
+def title(row: Row, what: str) -> str:
+    return f"{row.get('hardware', '')}, {row['sequence']:,} tokens: {what}".lstrip(", ")
+
+
+def save(figure: Any, path: Path) -> Path:
+    with whole_file(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    return path

@@ -1,12 +1,34 @@
-"""One measurement as it is written, and the table of many."""
+"""Measurements: as they are written and read again, with what they were made on, and the table of many."""
 
 from __future__ import annotations
 
+import json
+import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import date
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from launch.benchmarks.timing import Times
+from sp_sparse.generate.report import versions
+
+Row = dict[str, Any]
+
+_NEEDED = ("what", "gpus", "ulysses", "ring", "sequence", "density", "kernel", "ms_median", "speedup")
+
+_PACKAGES = (
+    "triton",
+    "diffusers",
+    "flash-attn-4",
+    "nvidia-cutlass-dsl",
+    "flashinfer-python",
+    "vllm-omni",
+    "vllm",
+    "fa3-fwd",
+)
 
 
 @dataclass(frozen=True)
@@ -61,6 +83,16 @@ class Measurement:
             **self.extra,
             "peak_memory": self.times.peak_memory,
         }
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """On what, with what and when something is measured: the keys `hardware`, `versions` and `date` of a result."""
+    found, hardware = versions(*_PACKAGES), f"CPU {platform.machine()}"
+    if device.type == "cuda":
+        found["cudnn"] = str(torch.backends.cudnn.version())
+        found["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        hardware = torch.cuda.get_device_name(device)
+    return {"hardware": hardware, "versions": found, "date": date.today().isoformat()}
 
 
 def speedup(baseline: Measurement | None, times: Times) -> float | None:
@@ -128,3 +160,44 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("peak GiB", _gib),
     ("peak/dense", _number("peak_memory_ratio", ".2f")),
 )
+
+
+def read_results(paths: Sequence[Path]) -> list[Row]:
+    """The rows of several files; the latest of equal measurements counts.
+
+    Raises:
+        ValueError: a file that holds anything else.
+    """
+    return list({identity(row): row for path in paths for row in _read(path)}.values())
+
+
+def _read(path: Path) -> list[Row]:
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} line {number} is not JSON ({error}); give a file that --output wrote") from error
+        missing = [key for key in _NEEDED if key not in row] if isinstance(row, dict) else list(_NEEDED)
+        if missing:
+            raise ValueError(
+                f"{path} line {number} has no {', '.join(missing)}; give a file that `benchmark.py attention` or "
+                "`benchmark.py transformer` wrote"
+            )
+        rows.append(row)
+    return rows
+
+
+def identity(row: Row) -> tuple[Any, ...]:
+    """What two measurements of the same have in common."""
+    optional = (
+        "density_asked",
+        "block_size",
+        "backend",
+        "implementation",
+        "compiled",
+        "layers",
+        "hardware",
+        "kv_exchange",
+    )
+    return tuple(row[key] for key in _NEEDED[:7]) + tuple(row.get(key) for key in optional)

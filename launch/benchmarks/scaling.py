@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.benchmarks.pictures import mesh_name, mode_name, prepare, save, title
-from launch.benchmarks.results_file import Row, identity, read_results
-from launch.files import whole_file
+from launch.benchmarks.plot import mesh_name, mode_name, prepare, save, title
+from launch.benchmarks.results import Row, identity, read_results
+from sp_sparse.generate.files import whole_file
 
 # Ours on a mesh; the other rows are baselines.
 _OURS = ("layer", "sp_sparse")

@@ -11,10 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from launch.benchmarks.environment import environment
-from launch.benchmarks.results import Measurement, table
-from launch.files import check_writable
-from launch.ranks import Ranks, is_lost_rank
+from launch.benchmarks.results import Measurement, environment, table
+from sp_sparse.generate.files import check_writable
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.parallel.agreement import RefusedError, together
 
 T = TypeVar("T")
 
@@ -53,22 +53,13 @@ class Session:
 
     def attempt(self, label: str, action: Callable[[], T]) -> T | None:
         """Do something; if it fails on some rank, tell so on all of them and return None. A collective call."""
-        done: T | None = None
-        failure = ""
         try:
-            done = action()
-        except Exception as error:  # a compiler may raise anything
-            if is_lost_rank(error):
-                raise
-            failure = " ".join(f"{type(error).__name__}: {error}".split())[:_LONGEST_REASON]
-        every = self.ranks.gather(failure)
-        first = next((rank for rank, text in enumerate(every) if text), None)
-        if first is None:
-            return done
-        free_memory()
-        self._failed.append(f"{label}: rank {first}: {every[first]}")
-        self.ranks.say(f"left out: {self._failed[-1]}")
-        return None
+            return together(action, self.ranks.groups)  # any Exception: a compiler may raise what it likes
+        except RefusedError as refused:
+            free_memory()
+            self._failed.append(f"{label}: {' '.join(refused.failure.split())[:_LONGEST_REASON]}")
+            self.ranks.say(f"left out: {self._failed[-1]}")
+            return None
 
     def in_time(self, label: str) -> bool:
         """Whether something may still be started; if not, `label` is told at the end. A collective call."""

@@ -17,8 +17,8 @@ from launch.benchmarks.inputs import make_layer, shard_inputs
 from launch.benchmarks.results import Measurement
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Times, line_up
-from launch.ranks import Ranks
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, VideoGrid
+from sp_sparse.generate.ranks import Ranks
 
 
 def measure_timelines(session: Session, arguments: TimelineArguments) -> None:

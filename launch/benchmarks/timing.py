@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from launch.ranks import Ranks
+from sp_sparse.generate.ranks import Ranks
 
 # About 2 ms: the host gets so far ahead of the GPU, as it is amid a model, so that launching is not what is timed.
 _HEAD_START_CYCLES = 4_000_000

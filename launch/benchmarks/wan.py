@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from launch.benchmarks.arguments import TransformerArguments
-from launch.random_models import random_a14b_transformer
+from sp_sparse.generate.random_models import random_a14b_transformer
 
 
 def build_model(arguments: TransformerArguments, device: torch.device) -> Any:

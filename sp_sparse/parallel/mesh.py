@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _set_pg_timeout
 
+from sp_sparse.parallel.agreement import check_same
 from sp_sparse.parallel.streams import SideStream
 
 
@@ -138,14 +139,7 @@ class SequenceParallelMesh:
         Raises:
             RuntimeError: with each rank's value; without this, ranks that differ would wait for each other for ever.
         """
-        mine = {dist.get_rank() if dist.is_initialized() else 0: repr(value)}
-        for group in self.groups:
-            parts: list[dict[int, str] | None] = [None] * dist.get_world_size(group)
-            dist.all_gather_object(parts, mine, group=group)
-            mine = {rank: text for part in parts if part is not None for rank, text in part.items()}
-        if len(set(mine.values())) > 1:
-            told = "; ".join(f"rank {rank}: {text}" for rank, text in sorted(mine.items()))
-            raise RuntimeError(f"ranks differ in {what} ({told}); start every rank with the same arguments")
+        check_same(what, value, self.groups)
 
     def _build_groups(self) -> None:
         wanted = self.cfg_degree * self.ring_degree * self.ulysses_degree

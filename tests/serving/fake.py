@@ -12,16 +12,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from sp_sparse.serving.api import Service, create_app
-from sp_sparse.serving.backend import JobParameters, Measured, ModelCard
-from sp_sparse.serving.control import Control
-from sp_sparse.serving.engine import Engine
-from sp_sparse.serving.limits import Limits
-from sp_sparse.serving.metrics import Metrics
-from sp_sparse.serving.runner import Bounds, JobRunner
-from sp_sparse.serving.store import JobStore
-from sp_sparse.serving.watchdog import Watchdog
-from sp_sparse.serving.web import WebServer, listen
+from sp_sparse.serve.api import create_app
+from sp_sparse.serve.backend import JobParameters, Measured, ModelCard
+from sp_sparse.serve.control import Control
+from sp_sparse.serve.engine import Engine
+from sp_sparse.serve.limits import Limits
+from sp_sparse.serve.metrics import Metrics
+from sp_sparse.serve.runner import Bounds, JobRunner
+from sp_sparse.serve.service import Service
+from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.watchdog import Watchdog
+from sp_sparse.serve.web import WebServer, listen
 from tests.processes import PATIENCE_S
 from tests.serving.server import Client
 

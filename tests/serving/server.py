@@ -19,7 +19,7 @@ import httpx
 import torch
 import torch.distributed as dist
 
-from launch.serving.command import main
+from sp_sparse.serve.__main__ import main
 from tests.processes import PATIENCE_S, wait_for
 
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3"]
@@ -77,7 +77,7 @@ class Client:
 
 
 class RankServer(Client):
-    """`launch/serve.py` on forked ranks; everything is ended when the context is left."""
+    """`sp_sparse.serve` on forked ranks; everything is ended when the context is left."""
 
     def __init__(self, folder: Path, world: int, *flags: str, program: Callable[[list[str]], int] = main) -> None:
         self.folder, self.world, self.port, self._program = folder, world, free_port(), program

@@ -1,4 +1,4 @@
-"""`launch/serve.py` from the outside: what it refuses, and what a configuration file says."""
+"""`sp_sparse.serve` from the outside: what it refuses, and what a configuration file says."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from launch.serving.arguments import parse_serve_arguments
-from launch.serving.command import main
+from sp_sparse.serve.__main__ import main
+from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.processes import PATIENCE_S
 from tests.serving.server import RankServer, free_port
 
@@ -72,7 +72,7 @@ def test_ranks_with_other_arguments_are_told_without_the_key(tmp_path: Path) -> 
     flags = ["--ulysses-degree", "2", "--api-key", "secret"]
     with _launched(RankServer(tmp_path, 2, *flags, program=_different_on_each_rank)) as server:
         assert server.join() == [2, 2]
-        assert "ranks differ in max_steps (rank 0: 10, rank 1: 11)" in server.log
+        assert "ranks differ in max_steps (rank 0: 10; rank 1: 11)" in server.log
         assert "secret" not in server.log
 
 

@@ -16,11 +16,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from sp_sparse.serving import fetch as fetching
-from sp_sparse.serving.errors import ApiError
-from sp_sparse.serving.fetch import fetch, is_public
-from sp_sparse.serving.images import checked_image, image_from_url
-from sp_sparse.serving.limits import Limits
+from sp_sparse.serve import images
+from sp_sparse.serve.answers import ApiError
+from sp_sparse.serve.images import checked_image, fetch, image_from_url, is_public
+from sp_sparse.serve.limits import Limits
 
 
 def _encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (20, 10)) -> bytes:
@@ -169,7 +168,7 @@ def test_private_addresses_are_not_fetched_from(site: str, monkeypatch: pytest.M
 
 def test_fetching(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As from a public host: the one address of the test site counts as one."""
-    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     assert _fetch(f"{site}/image") == b"bytes"
     assert _fetch(f"{site}/to//image") == b"bytes"
     for path, text in (
@@ -188,7 +187,7 @@ def test_fetching(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_name_that_changes_its_mind_leads_nowhere_else(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The connection goes to the address that was looked at: the name is looked up once."""
-    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     looked_up = []
     real = socket.getaddrinfo
 
@@ -205,7 +204,7 @@ def test_a_name_that_changes_its_mind_leads_nowhere_else(site: str, monkeypatch:
 
 
 def test_images_by_address_only_where_allowed(site: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetching, "is_public", lambda address: address == "127.0.0.1")
+    monkeypatch.setattr(images, "is_public", lambda address: address == "127.0.0.1")
     assert asyncio.run(image_from_url(f"{site}/image", Limits(image_urls=True))) == b"bytes"
     with pytest.raises(ApiError, match="fetches nothing"):
         asyncio.run(image_from_url(f"{site}/image", Limits()))

@@ -14,16 +14,17 @@ from typing import Any
 import httpx
 import pytest
 
-from sp_sparse.serving.api import Service, create_app
-from sp_sparse.serving.backend import JobParameters
-from sp_sparse.serving.control import CANCEL, GO_ON, INTERRUPT, Control
-from sp_sparse.serving.engine import Engine, follow
-from sp_sparse.serving.limits import Limits
-from sp_sparse.serving.metrics import Metrics
-from sp_sparse.serving.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
-from sp_sparse.serving.store import JobStore
-from sp_sparse.serving.watchdog import Watchdog
-from sp_sparse.serving.web import WebServer, listen
+from sp_sparse.serve.api import create_app
+from sp_sparse.serve.backend import JobParameters
+from sp_sparse.serve.control import CANCEL, GO_ON, INTERRUPT, Control
+from sp_sparse.serve.engine import Engine, follow
+from sp_sparse.serve.limits import Limits
+from sp_sparse.serve.metrics import Metrics
+from sp_sparse.serve.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
+from sp_sparse.serve.service import Service
+from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.watchdog import Watchdog
+from sp_sparse.serve.web import WebServer, listen
 from tests.processes import PATIENCE_S, wait_for
 from tests.ranks import run_ranks
 from tests.serving.fake import FakeBackend
@@ -151,7 +152,7 @@ def test_what_cannot_be_agreed_on_ends_the_processes(tmp_path: Path, prompt: str
 
 
 def fake_main(flags: list[str]) -> int:
-    """As `launch/serve.py`, for `FakeBackend`."""
+    """As `sp_sparse.serve`, for `FakeBackend`."""
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     control, watchdog = Control.of_all_ranks(rank, world, PATIENCE_S), Watchdog()
     backend = FakeBackend(rank)

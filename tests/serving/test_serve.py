@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from launch.application import main as generate
-from launch.video import decoded_pixels
+from sp_sparse.generate.__main__ import main as generate
+from sp_sparse.generate.files import decoded_pixels
 from tests.processes import wait_for
 from tests.ranks import run_ranks
 from tests.serving.server import SPARSE, RankServer

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from sp_sparse.serving.backend import JobParameters
-from sp_sparse.serving.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, JobError
-from sp_sparse.serving.store import JobStore, QueueFullError
+from sp_sparse.serve.backend import JobParameters
+from sp_sparse.serve.jobs import COMPLETED, FAILED, IN_PROGRESS, QUEUED, JobError
+from sp_sparse.serve.store import JobStore, QueueFullError
 
 
 def _job(seed: int = 0, **changed: Any) -> JobParameters:

@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
-from sp_sparse.serving import watchdog as watchdog_module
-from sp_sparse.serving.watchdog import Watchdog, end_process
+from sp_sparse.serve import watchdog as watchdog_module
+from sp_sparse.serve.watchdog import Watchdog, end_process
 from tests.ranks import run_ranks
 
 

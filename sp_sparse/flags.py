@@ -1,0 +1,117 @@
+"""Flags from dataclasses: one definition gives the field, its flag, its help and its key in a configuration file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import Field, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+# Dataclasses by what stands before the names of their fields: {"": …, "sparse_attn_": …}.
+Kinds = Mapping[str, type[Any]]
+
+
+def option(default: Any, text: str, parse: Any = str, choices: tuple[str, ...] = ()) -> Any:
+    """A field that is also a flag; `parse=bool` makes a switch."""
+    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
+
+
+def same_option(kind: type[Any], name: str, **changed: Any) -> Any:
+    """A field as `kind` has it; `changed` may give another `default` or `help`."""
+    found = next(f for f in fields(kind) if f.name == name)
+    default = changed.pop("default", found.default)
+    return field(default=default, metadata={**found.metadata, **changed})
+
+
+def options_of(kind: type[Any]) -> list[Field[Any]]:
+    """The fields of `kind` that are flags."""
+    return [f for f in fields(kind) if "parse" in f.metadata]
+
+
+def flag_of(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def add_flags(parser: argparse._ActionsContainer, kind: type[Any], prefix: str = "") -> None:
+    """Add the flags of `kind`, `_` for `-` accepted; one that is not given stays absent from the namespace."""
+    for entry in options_of(kind):
+        name, text = prefix + entry.name, entry.metadata["help"]
+        how: dict[str, Any] = {"type": entry.metadata["parse"], "choices": entry.metadata["choices"] or None}
+        if entry.metadata["parse"] is bool:
+            how = {"action": "store_true"}
+        elif entry.default not in (None, "", ()):
+            text = f"{text} (default: {entry.default})"
+        how |= {"dest": name, "default": argparse.SUPPRESS}
+        parser.add_argument(flag_of(name), help=text.replace("%", "%%"), **how)
+        if "_" in name:
+            parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **how)
+
+
+def parse_flags(
+    command: str, description: str | None, kinds: Kinds, argv: Sequence[str] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What the command line gives, and what the `--config` file that it names gives.
+
+    Raises:
+        ValueError: an unknown flag or key, or a value that cannot be read.
+        OSError: a configuration file that cannot be read.
+    """
+    parser = _Parser(prog=command, description=description, allow_abbrev=False)
+    parser.add_argument("--config", help="YAML or JSON file with the same names as the flags, which override it")
+    for prefix, kind in kinds.items():
+        add_flags(parser.add_argument_group(f"{flag_of(prefix)}…") if prefix else parser, kind, prefix)
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config")
+    if path is None:
+        return given, {}
+    values = vars(parser.parse_args(_config_flags(Path(path), kinds)))
+    values.pop("config")
+    return given, values
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises instead of printing its usage once a rank."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; --help lists the flags")
+
+
+def _config_flags(path: Path, kinds: Kinds) -> list[str]:
+    """The file as flags, so that the same rules read both."""
+    values = {str(key).replace("-", "_"): value for key, value in _read_mapping(path).items()}
+    known = {prefix + entry.name: entry for prefix, kind in kinds.items() for entry in options_of(kind)}
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+    flags = []
+    for name, value in values.items():
+        is_switch = known[name].metadata["parse"] is bool
+        if is_switch and not isinstance(value, bool):
+            raise ValueError(f"{path}: {name} is {value!r}; write true or false")
+        if is_switch and value:
+            flags.append(flag_of(name))
+        elif not is_switch and value is not None:
+            flags.append(f"{flag_of(name)}={json.dumps(value) if isinstance(value, list) else value}")
+    return flags
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        values = json.loads(text)
+    else:
+        try:
+            import yaml
+        except ImportError as error:
+            raise ValueError(
+                f"{path} is read with pyyaml, which is not installed; pip install pyyaml, or write JSON"
+            ) from error
+        try:
+            values = yaml.safe_load(text) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}; write one `flag: value` a line")
+    return values

@@ -1,0 +1,183 @@
+"""The arguments of `generate`: flags, a configuration file with the same names, and what can be refused from them alone."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sp_sparse import SparseAttentionConfig
+from sp_sparse.config import FLAG_PREFIX
+from sp_sparse.flags import flag_of, option, options_of, parse_flags
+
+TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
+RANDOM_A14B = "a14b-random"
+
+# Token blocks of 128 would leave a tiny model with three of them.
+_TINY_BLOCK = (16, 16)
+
+
+@dataclass(frozen=True)
+class GenerateArguments:
+    """Each field is a flag: `num_frames` is `--num-frames`. None means "as the model wants it".
+
+    Raises:
+        ValueError: values that cannot go together or are out of range.
+    """
+
+    model: str = option(
+        "tiny",
+        "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random (full width, random weights); "
+        "a folder; or a hub id",
+    )
+    layers: int = option(4, f"layers of each expert of {RANDOM_A14B}; the real model has 40", int)
+    lora: str | None = option(None, "LoRA weights for the first (or only, or high-noise) expert")
+    lora_2: str | None = option(None, "LoRA weights for the second (low-noise) expert")
+    prompt: str = option("a cat walks on the grass", "what to show")
+    prompt_file: str | None = option(None, "one prompt a line, one video each; instead of --prompt")
+    negative_prompt: str = option("", "what to keep away from")
+    image: str | None = option(None, "first frame, for image-to-video; a tiny or random model draws one if not given")
+    height: int | None = option(None, "pixels", int)
+    width: int | None = option(None, "pixels", int)
+    num_frames: int | None = option(None, "frames of the video, 4n + 1", int)
+    fps: int | None = option(None, "frames a second of the video", int)
+    num_inference_steps: int | None = option(None, "denoising steps", int)
+    seed: int = option(0, "the same on every rank", int)
+    guidance_scale: float | None = option(None, "classifier-free guidance; 1 switches it off", float)
+    guidance_scale_2: float | None = option(None, "guidance of the second expert", float)
+    flow_shift: float | None = option(None, "shift of the noise schedule", float)
+    output: str | None = option(None, "video, .mp4 (default: outputs/<model>_u<U>_r<R>_<topk>_<seed>.mp4)")
+    output_latents: str | None = option(None, "final latents too, .pt")
+    output_frames: str | None = option(None, "frames too, as they are before the video codec, .pt")
+    report: str | None = option(None, "what ran, .json (default: beside the video)")
+    ulysses_degree: int = option(1, "ranks that split the heads", int)
+    ring_degree: int = option(1, "ranks that pass keys and values around", int)
+    cfg_parallel_degree: int = option(1, "2 runs the two guidance branches on two halves of the ranks", int)
+    compile: bool = option(False, "torch.compile the transformer blocks", bool)
+    dtype: str = option(
+        "auto",
+        "of the transformers; auto is float32 for tiny models and on CPUs, else bfloat16",
+        choices=("auto", "float32", "bfloat16", "float16"),
+    )
+    device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    timeout_s: float = option(900.0, "seconds that a rank waits for the others before it gives up", float)
+    verify: str = option(
+        "none",
+        "generate again from the same seed and compare: single (sparse, each rank alone), dense (the model's own "
+        "attention, each rank alone)",
+        choices=("none", "single", "dense"),
+    )
+    verify_tolerance: float | None = option(
+        None, "exit with 1 if the relative RMS difference of the latents exceeds this", float
+    )
+    repeat: int = option(1, "denoise each video so many times, to measure", int)
+    debug: bool = option(False, "show the traceback of an error", bool)
+    sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+
+    def __post_init__(self) -> None:
+        self._check_numbers()
+        self._check_combinations()
+        for name, suffix in (
+            ("output", ".mp4"),
+            ("output_latents", ".pt"),
+            ("output_frames", ".pt"),
+            ("report", ".json"),
+        ):
+            value = getattr(self, name)
+            if value is not None and Path(value).suffix != suffix:
+                raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
+
+    def _check_numbers(self) -> None:
+        for entry in options_of(type(self)):
+            value = getattr(self, entry.name)
+            if entry.metadata["parse"] is int and entry.name != "seed" and value is not None and value < 1:
+                raise ValueError(f"{flag_of(entry.name)} {value} is below 1; give 1 or more")
+        if self.timeout_s <= 0:
+            raise ValueError(f"--timeout-s {self.timeout_s} is not above 0; give the seconds to wait for other ranks")
+        if self.cfg_parallel_degree > 2:
+            raise ValueError(f"--cfg-parallel-degree {self.cfg_parallel_degree}: guidance has 2 branches; use 1 or 2")
+
+    def _check_combinations(self) -> None:
+        guided = self.guidance_scale is None or self.guidance_scale > 1
+        if self.cfg_parallel_degree > 1 and not guided:
+            raise ValueError(
+                f"--cfg-parallel-degree {self.cfg_parallel_degree} needs two guidance branches, but --guidance-scale "
+                f"{self.guidance_scale} switches guidance off; use a scale above 1, or --cfg-parallel-degree 1"
+            )
+        if self.sparse.backend == "none" and self.cfg_parallel_degree > 1:
+            raise ValueError(
+                "--cfg-parallel-degree 2 is done by sp_sparse, which --sparse-attn-backend none leaves off; use "
+                "--sparse-attn-backend auto, with --sparse-attn-topk 1.0 for dense attention"
+            )
+        if self.sparse.backend == "none" and self.verify != "none":
+            raise ValueError(
+                f"--verify {self.verify} compares sparse attention, which --sparse-attn-backend none leaves off; choose "
+                "a backend such as auto, or --verify none"
+            )
+        if self.verify_tolerance is not None and self.verify == "none":
+            raise ValueError("--verify-tolerance has nothing to judge; add --verify single or --verify dense")
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """One prompt a video."""
+        if self.prompt_file is None:
+            return (self.prompt,)
+        lines = Path(self.prompt_file).read_text(encoding="utf-8").splitlines()
+        prompts = tuple(line.strip() for line in lines if line.strip())
+        if not prompts:
+            raise ValueError(f"--prompt-file {self.prompt_file} has no prompt; write one a line")
+        return prompts
+
+    @property
+    def ranks_wanted(self) -> int:
+        return self.ulysses_degree * self.ring_degree * self.cfg_parallel_degree
+
+    def output_path(self) -> Path:
+        """Where the video goes; with several prompts, the name before the number of each is added."""
+        if self.output is not None:
+            return Path(self.output)
+        model = Path(os.path.normpath(self.model)).name
+        density = "dense" if self.sparse.backend == "none" else f"topk{self.sparse.topk:g}"
+        return Path("outputs", f"{model}_u{self.ulysses_degree}_r{self.ring_degree}_{density}_{self.seed}.mp4")
+
+    def tensor_paths(self) -> dict[str, Path]:
+        """Where latents and frames go, by the names of their flags; those that are not wanted are absent."""
+        given = {name: getattr(self, name) for name in ("output_latents", "output_frames")}
+        return {name: Path(path) for name, path in given.items() if path is not None}
+
+    def report_path(self) -> Path:
+        return self.output_path().with_suffix(".json") if self.report is None else Path(self.report)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
+    """From the command line, over a `--config` file, over the defaults.
+
+    Raises:
+        ValueError: an unknown flag or key, or a value that is refused.
+        OSError: a configuration file that cannot be read.
+    """
+    given, configured = parse_flags(
+        "generate", __doc__, {"": GenerateArguments, FLAG_PREFIX: SparseAttentionConfig}, argv
+    )
+    given, configured = _one_prompt(given), _one_prompt(configured)
+    if "prompt" in given or "prompt_file" in given:
+        configured = {name: value for name, value in configured.items() if name not in ("prompt", "prompt_file")}
+    given = configured | given
+    own = {o.name: given[o.name] for o in options_of(GenerateArguments) if o.name in given}
+    return GenerateArguments(**own, sparse=sparse_config(given))
+
+
+def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:
+    """What the `--sparse-attn-…` flags say, for the model that is asked for."""
+    if given.get("model", "tiny") in TINY_MODELS:
+        given = {"sparse_attn_block_size": _TINY_BLOCK, **given}
+    return SparseAttentionConfig.from_flags(argparse.Namespace(**given))
+
+
+def _one_prompt(given: dict[str, Any]) -> dict[str, Any]:
+    if "prompt" in given and "prompt_file" in given:
+        raise ValueError("--prompt and --prompt-file are both given; use one")
+    return given

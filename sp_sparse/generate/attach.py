@@ -1,0 +1,84 @@
+"""From arguments to a pipeline whose attention is sparse and sequence-parallel."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.models import transformers_of
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
+from sp_sparse.kernels.registry import load_kernel
+from sp_sparse.selection.registry import load_selector
+
+
+def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
+    """Refuse degrees that do not fit the ranks, and attention that cannot run on them.
+
+    Raises:
+        ValueError: with the numbers and the remedy.
+    """
+    shape = f"ulysses {arguments.ulysses_degree} x ring {arguments.ring_degree} x cfg {arguments.cfg_parallel_degree}"
+    if arguments.ranks_wanted != ranks.world:
+        raise ValueError(
+            f"{shape} = {arguments.ranks_wanted} ranks are asked for, but {ranks.world} run; start "
+            f"`torchrun --nproc-per-node {arguments.ranks_wanted}`, or choose degrees whose product is {ranks.world}"
+        )
+    if arguments.sparse.backend == "none" and ranks.world > 1 and ranks.device.type == "cpu":
+        raise ValueError(
+            f"--sparse-attn-backend none on {ranks.world} ranks uses diffusers' own parallelism, which needs GPUs; for "
+            "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
+        )
+    check_names(arguments.sparse)
+
+
+def check_names(config: SparseAttentionConfig) -> None:
+    """Refuse names that stand for nothing here, before weights are read.
+
+    Raises:
+        ValueError: with the names that are known.
+    """
+    if config.backend not in ("none", "auto"):
+        load_kernel(config.backend)
+    if config.backend != "none":
+        load_selector(config)
+
+
+def build_mesh(arguments: GenerateArguments) -> SequenceParallelMesh:
+    """The process groups of the degrees that were asked for. A collective call."""
+    return SequenceParallelMesh(
+        arguments.ulysses_degree,
+        arguments.ring_degree,
+        arguments.cfg_parallel_degree,
+        timeout=timedelta(seconds=arguments.timeout_s),
+    )
+
+
+def attach(
+    pipe: Any, config: SparseAttentionConfig, mesh: SequenceParallelMesh, recorder: AttentionRecorder
+) -> SparseWan:
+    """Make the attention of `pipe` sparse, with a kernel that runs here or an error now. A collective call."""
+    handle = enable_sparse_attention(pipe, config, mesh, recorder)
+    for layer in handle.layers:
+        layer.kernel_for(pipe.transformer.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)
+    return handle
+
+
+def prepare_transformers(pipe: Any, arguments: GenerateArguments, mesh: SequenceParallelMesh) -> None:
+    """What is done once a pipeline: diffusers' own parallelism where ours is off, and compilation."""
+    for transformer in transformers_of(pipe):
+        if arguments.sparse.backend == "none" and mesh.sequence_degree > 1:
+            _enable_diffusers_parallelism(transformer, mesh)
+        if arguments.compile:
+            transformer.compile_repeated_blocks()
+
+
+def _enable_diffusers_parallelism(transformer: Any, mesh: SequenceParallelMesh) -> None:
+    from diffusers import ContextParallelConfig
+
+    if mesh.ring_degree > 1:
+        transformer.set_attention_backend("_native_cudnn")  # the default one returns no LSE, which its ring needs
+    config = ContextParallelConfig(ulysses_degree=mesh.ulysses_degree, ring_degree=mesh.ring_degree)
+    transformer.enable_parallelism(config=config)

@@ -1,0 +1,66 @@
+"""Files that are written whole or not at all, and mp4s."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes its place when the writing has ended well."""
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: Path) -> None:
+    """Make the folder of `path` and try it.
+
+    Raises:
+        OSError: it cannot be written; the text says why.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        probe = path.with_name(f".{path.stem}.{os.getpid()}.probe")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise OSError(f"{path} cannot be written ({error.strerror or error}); choose another path") from error
+
+
+def numbered(path: Path, number: int, count: int) -> Path:
+    """`video.mp4` -> `video_0.mp4`, where there are several."""
+    return path if count == 1 else path.with_name(f"{path.stem}_{number}{path.suffix}")
+
+
+def save_video(frames: Tensor, path: Path, fps: int) -> None:
+    """Write an mp4."""
+    from diffusers.utils import export_to_video
+
+    with whole_file(path) as temporary:
+        export_to_video(list(frames.numpy()), str(temporary), fps=fps)
+
+
+def decoded_pixels(video: bytes) -> bytes:
+    """All pixels of an mp4, in a row of bytes."""
+    import imageio_ffmpeg
+
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        file.write(video)
+        file.flush()
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", file.name, "-f", "rawvideo", "-"]
+        return subprocess.run(command, capture_output=True, check=True).stdout

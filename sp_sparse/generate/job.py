@@ -1,0 +1,76 @@
+"""One job of `generate`: check, load, encode, make the videos, verify, report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+from sp_sparse import AttentionRecorder, SequenceParallelMesh
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
+from sp_sparse.generate.files import check_writable
+from sp_sparse.generate.models import WanModel, check_image, fill_defaults, find_model, load_pipeline
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.report import attention_report, job_report, write_report
+from sp_sparse.generate.stages import Stages
+from sp_sparse.generate.verify import verify
+from sp_sparse.generate.video import VideoMaker, encode_prompts, first_frame
+from sp_sparse.integrations.diffusers import SparseWan
+
+
+def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
+    """Run the job; every rank calls it with the same arguments.
+
+    Returns:
+        0, or 1 if `--verify` found a difference above `--verify-tolerance`.
+    """
+    ranks.check_same(arguments)
+    model = ranks.together(lambda: _check(arguments, ranks))
+    arguments = fill_defaults(arguments, model)
+
+    stages, recorder = Stages(ranks), AttentionRecorder()
+    with stages.measure("load"):
+        pipe = ranks.together(lambda: load_pipeline(arguments, model, ranks.device))
+    pipe.set_progress_bar_config(disable=not ranks.first, desc="denoise", unit="step")
+    with stages.measure("encode"):
+        prompts = encode_prompts(pipe, arguments, ranks.device)
+    maker = VideoMaker(pipe, arguments, ranks, first_frame(arguments) if model.takes_image else None)
+    mesh, handle = ranks.together(lambda: _prepare(pipe, arguments, recorder))
+
+    videos, told = [], []
+    for number, prompt in enumerate(prompts):
+        before = Counter(stages.seconds)
+        videos.append(maker.make(prompt, stages, arguments.repeat))
+        told.append(maker.save(videos[-1], number, stages))
+        told[-1]["seconds"] = dict(Counter(stages.seconds) - before)
+    attention = attention_report(arguments.sparse, recorder, mesh)
+    if attention is not None:
+        calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
+        ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
+    handle.remove()
+    verified = verify(maker, videos)
+    report = job_report(arguments, ranks, stages, attention, told, verified)
+    if ranks.first:
+        write_report(report, arguments.report_path())
+    ranks.say(f"report: {arguments.report_path()}")
+    return 0 if verified is None or verified["passed"] else 1
+
+
+def _check(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
+    """Refuse what can be refused before weights are read."""
+    check_ranks(arguments, ranks)
+    model = find_model(arguments, ranks.device)
+    check_image(arguments, model)
+    if ranks.first:
+        for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
+            check_writable(path)
+    return model
+
+
+def _prepare(
+    pipe: Any, arguments: GenerateArguments, recorder: AttentionRecorder
+) -> tuple[SequenceParallelMesh, SparseWan]:
+    mesh = build_mesh(arguments)
+    handle = attach(pipe, arguments.sparse, mesh, recorder)
+    prepare_transformers(pipe, arguments, mesh)
+    return mesh, handle

@@ -1,0 +1,181 @@
+"""From prompts to videos, in the steps that a pipeline does at once: encode, denoise, decode, save."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.stages import Stages, StepClock
+
+_TEXT_LENGTH = 512
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """What the transformer reads of a prompt: `[1, L, C]`, the negative one None without guidance."""
+
+    text: str
+    embeds: Tensor
+    negative: Tensor | None
+
+
+def encode_prompts(pipe: Any, arguments: GenerateArguments, device: torch.device) -> list[EncodedPrompt]:
+    """Encode all prompts, then drop the text encoder: its memory is worth more to attention."""
+    encoded = [encode_prompt(pipe, arguments, text, device) for text in arguments.prompts]
+    pipe.text_encoder = None
+    return encoded
+
+
+@torch.no_grad()
+def encode_prompt(pipe: Any, arguments: GenerateArguments, text: str, device: torch.device) -> EncodedPrompt:
+    """Encode one prompt; a model without a text encoder gets random numbers."""
+    guided = arguments.guidance_scale is None or arguments.guidance_scale > 1
+    if pipe.text_encoder is None:
+        return _random_prompt(pipe, text, guided, device)
+    embeds, negative = pipe.encode_prompt(
+        text, arguments.negative_prompt, guided, max_sequence_length=_TEXT_LENGTH, device=device
+    )
+    return EncodedPrompt(text, embeds, negative)
+
+
+def denoise(
+    pipe: Any, arguments: GenerateArguments, prompt: EncodedPrompt, clock: StepClock, image: Any | None
+) -> Tensor:
+    """The final latents `[1, C, T, H, W]`."""
+    inputs: dict[str, Any] = {} if image is None else {"image": image}
+    # A pipeline without a second expert refuses its guidance scale.
+    if arguments.guidance_scale_2 is not None:
+        inputs["guidance_scale_2"] = arguments.guidance_scale_2
+    latents: Tensor = pipe(
+        prompt_embeds=prompt.embeds,
+        negative_prompt_embeds=prompt.negative,
+        height=arguments.height,
+        width=arguments.width,
+        num_frames=arguments.num_frames,
+        num_inference_steps=arguments.num_inference_steps,
+        guidance_scale=arguments.guidance_scale,
+        # On the CPU: the same noise on every rank and device.
+        generator=torch.Generator().manual_seed(arguments.seed),
+        output_type="latent",
+        callback_on_step_end=clock,
+        **inputs,
+    ).frames
+    return latents
+
+
+@torch.no_grad()
+def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
+    """Frames `[T, H, W, 3]` in [0, 1] on the CPU; `on_frame` is called after each latent frame."""
+    vae = pipe.vae
+    mean, std = (
+        torch.tensor(numbers, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
+        for numbers in (vae.config.latents_mean, vae.config.latents_std)
+    )
+
+    def advance(*_: Any) -> None:  # what a hook returns would replace the output
+        on_frame()
+
+    # The VAE decodes one latent frame after the other.
+    hook = vae.decoder.register_forward_hook(advance)
+    try:
+        pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
+    finally:
+        hook.remove()
+    frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")[0]
+    return frames.permute(0, 2, 3, 1).float().cpu()
+
+
+def first_frame(arguments: GenerateArguments) -> Any:
+    """The image that the video starts from; where none is given, a drawn one."""
+    from PIL import Image
+
+    if arguments.image is not None:
+        with Image.open(arguments.image) as image:
+            return image.convert("RGB")
+    height, width = arguments.height or 1, arguments.width or 1
+    rows, columns = np.mgrid[0:height, 0:width]
+    channels = (rows * 255 // height, columns * 255 // width, (rows // 16 + columns // 16) % 2 * 255)
+    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+@dataclass(frozen=True)
+class Video:
+    """A video and how long it took.
+
+    Attributes:
+        latents: `[1, C, T, H, W]`, on the CPU.
+        frames: `[T, H, W, 3]` in [0, 1] on rank 0, else None.
+        step_seconds: seconds of each denoising step, one list a repetition.
+    """
+
+    prompt: EncodedPrompt
+    latents: Tensor
+    frames: Tensor | None
+    step_seconds: tuple[tuple[float, ...], ...]
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.latents.isfinite().all())
+
+
+@dataclass(frozen=True)
+class VideoMaker:
+    """The pipeline with everything that its videos share."""
+
+    pipe: Any
+    arguments: GenerateArguments
+    ranks: Ranks
+    image: Any | None
+
+    def make(self, prompt: EncodedPrompt, stages: Stages, repeat: int = 1) -> Video:
+        """Denoise on every rank, decode on rank 0; the other ranks go on."""
+        seconds = []
+        for _ in range(repeat):
+            clock = StepClock(self.ranks.device)
+            with stages.measure("denoise"):
+                latents = denoise(self.pipe, self.arguments, prompt, clock, self.image)
+            seconds.append(tuple(clock.seconds))
+        frames = None
+        if self.ranks.first:
+            with (
+                stages.measure("decode"),
+                tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar,
+            ):
+                frames = decode(self.pipe, latents, bar.update)
+        return Video(prompt, latents.cpu(), frames, tuple(seconds))
+
+    def save(self, video: Video, number: int, stages: Stages) -> dict[str, Any]:
+        """Write the video of this number on rank 0, and tell the report about it."""
+        arguments, count = self.arguments, len(self.arguments.prompts)
+        path = numbered(arguments.output_path(), number, count)
+        told: dict[str, Any] = {"prompt": video.prompt.text, "output": str(path), "latents_finite": video.finite}
+        told["step_seconds"] = video.step_seconds
+        if not video.finite:
+            self.ranks.say(f"warning: the latents of {path} are not finite; try --dtype float32")
+        tensors = {"output_latents": video.latents, "output_frames": video.frames}
+        tensor_paths = {name: numbered(p, number, count) for name, p in arguments.tensor_paths().items()}
+        if video.frames is not None:
+            with stages.measure("save"):
+                save_video(video.frames, path, arguments.fps or 16)
+                for name, tensor_path in tensor_paths.items():
+                    with whole_file(tensor_path) as temporary:
+                        torch.save(tensors[name], temporary)
+        told |= {name: str(tensor_path) for name, tensor_path in tensor_paths.items()}
+        self.ranks.say(f"video: {path}")
+        return told
+
+
+def _random_prompt(pipe: Any, text: str, guided: bool, device: torch.device) -> EncodedPrompt:
+    generator = torch.Generator().manual_seed(0)
+    config = pipe.transformer.config
+    draws = [torch.randn(1, _TEXT_LENGTH, config.text_dim, generator=generator).to(device) for _ in range(2)]
+    return EncodedPrompt(text, draws[0], draws[1] if guided else None)

@@ -1,0 +1,208 @@
+"""One job as every rank runs it: the same phases and the same exchanges, whatever happens on one of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+
+from sp_sparse.parallel.agreement import is_lost_rank
+from sp_sparse.serve.backend import JobParameters, Measured, VideoBackend
+from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
+from sp_sparse.serve.jobs import JobError
+from sp_sparse.serve.watchdog import Watchdog
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+class Observer:
+    """What rank 0 is told of a running job, and is asked about it; as it is, for ranks that only follow, it does nothing."""
+
+    def command(self) -> int:
+        """GO_ON, or CANCEL or INTERRUPT for the job to stop. Asked between steps."""
+        return GO_ON
+
+    def phase(self, name: str, parts: int) -> None:
+        """A phase begins."""
+
+    def part(self) -> None:
+        """A step, or a latent frame, is done."""
+
+
+class JobFailedError(Exception):
+    """The job failed, and every rank knows it."""
+
+    def __init__(self, error: JobError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class JobStoppedError(Exception):
+    """Rank 0 stopped the job, on every rank at the same place.
+
+    Attributes:
+        command: CANCEL or INTERRUPT.
+    """
+
+    def __init__(self, command: int) -> None:
+        super().__init__(command)
+        self.command = command
+
+
+class _PeerFailedError(Exception):
+    """Another rank said FAILED where this one said something else."""
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Seconds after which a process ends itself.
+
+    Attributes:
+        step_s: that a step or a phase without steps may take.
+        fault_s: that the other ranks may take to hear of a failure: those that sit in a collective never do.
+    """
+
+    step_s: float
+    fault_s: float
+
+
+class JobRunner:
+    """Runs jobs. A failure on any rank is agreed on by all, so that it ends the job and nothing else.
+
+    A rank that fails within a collective leaves the others waiting in it: then nothing can be agreed on, the watchdog ends
+    the processes, and torchrun starts them anew.
+    """
+
+    def __init__(self, backend: VideoBackend, control: Control, watchdog: Watchdog, bounds: Bounds) -> None:
+        self._backend, self._control, self._watchdog, self._bounds = backend, control, watchdog, bounds
+
+    def run(self, job: JobParameters, target: Path | None, observer: Observer) -> Measured:
+        """Make a video, on rank 0 into `target`, which the others do not read. A collective call.
+
+        Raises:
+            JobFailedError, JobStoppedError: on every rank alike.
+        """
+        try:
+            return self._run(job, target, observer)
+        except JobFailedError:
+            with self._watchdog.limit(self._bounds.fault_s, "cleaning up after a failed job"):
+                self._backend.recover()
+            raise
+
+    def _run(self, job: JobParameters, target: Path | None, observer: Observer) -> Measured:
+        backend = self._backend
+
+        def on_step() -> None:
+            self._watchdog.beat()
+            observer.part()
+            self._agree(observer.command())
+
+        encoded = self._on_all("encode", 1, observer, lambda: backend.encode(job))
+        steps = job.num_inference_steps
+        latents = self._on_all("denoise", steps, observer, lambda: backend.denoise(job, encoded, on_step))
+        measured = self._together(backend.measure, observer)
+        frames = self._on_first("decode", observer, lambda on_part: backend.decode(latents, on_part))
+        self._on_first("save", observer, lambda on_part: backend.save(job, frames, _required(target)))
+        return measured
+
+    def _on_all(self, name: str, parts: int, observer: Observer, action: Callable[[], T]) -> T:
+        observer.phase(name, parts)
+        with self._watchdog.limit(self._bounds.step_s, f"a step of {name}"):
+            return self._together(action, observer)
+
+    def _together(self, action: Callable[[], T], observer: Observer) -> T:
+        """Do something on every rank, and fail on every rank if one fails."""
+        error: JobError | None = None
+        try:
+            result = action()
+        except (JobStoppedError, _PeerFailedError) as stopped:
+            if isinstance(stopped, JobStoppedError):
+                raise
+        except Exception as caught:
+            error = self._told(caught)
+            with self._watchdog.limit(self._bounds.fault_s, f"telling the other ranks of a failure ({error.message})"):
+                self._control.exchange(FAILED)
+        else:
+            try:
+                self._agree(observer.command())
+                return result
+            except _PeerFailedError:
+                pass
+        self._fail(error)
+
+    def _on_first(self, name: str, observer: Observer, action: Callable[[Callable[[int, int], None]], T]) -> T | None:
+        """Do something on rank 0, while the others wait for it from part to part."""
+        with self._watchdog.limit(self._bounds.step_s, f"a part of {name}"):
+            if not self._control.first:
+                while self._exchanged(GO_ON)[0] == PART:
+                    self._watchdog.beat()
+                return None
+            observer.phase(name, 1)
+            return self._lead(name, observer, action)
+
+    def _lead(self, name: str, observer: Observer, action: Callable[[Callable[[int, int], None]], T]) -> T:
+        seen = 0
+
+        def on_part(done: int, parts: int) -> None:
+            nonlocal seen
+            if seen == 0:
+                observer.phase(name, parts)
+            seen = done
+            self._watchdog.beat()
+            observer.part()
+            command = observer.command()
+            self._agree(PART if command == GO_ON else command)
+
+        try:
+            result = action(on_part)
+        except (JobStoppedError, _PeerFailedError):
+            raise
+        except Exception as caught:
+            error = self._told(caught)
+            self._control.exchange(FAILED)
+            self._fail(error)
+        self._agree(observer.command())
+        return result
+
+    def _exchanged(self, code: int) -> list[int]:
+        """A follower's exchange while rank 0 works alone."""
+        try:
+            return self._agree(code)
+        except _PeerFailedError:
+            self._fail(None)
+
+    def _agree(self, code: int) -> list[int]:
+        codes = self._control.exchange(code)
+        if FAILED in codes:
+            raise _PeerFailedError
+        if codes[0] in (CANCEL, INTERRUPT):
+            raise JobStoppedError(codes[0])
+        return codes
+
+    def _told(self, caught: Exception) -> JobError:
+        """What clients are told of an exception; the log gets all of it. A rank that was lost is no failure of the job."""
+        if is_lost_rank(caught):
+            raise caught
+        log.error("a job failed", exc_info=caught)
+        if isinstance(caught, (torch.OutOfMemoryError, MemoryError)):
+            return JobError("out_of_memory", "the server ran out of memory; ask for a smaller or shorter video")
+        if isinstance(caught, ValueError):
+            return JobError("invalid_request", f"this video cannot be made: {caught}")
+        return JobError("internal_error", "the server failed to make this video; its log tells why")
+
+    def _fail(self, error: JobError | None) -> NoReturn:
+        """Every rank learns the first failure, and raises it."""
+        errors = [other for other in self._control.gather(error) if other is not None]
+        raise JobFailedError(errors[0])
+
+
+def _required(target: Path | None) -> Path:
+    if target is None:
+        raise TypeError("rank 0 needs to know where the video goes; pass a target")
+    return target

@@ -1,1 +1,0 @@
-"""A video server for one model on the ranks of one torchrun job; it knows no model, only a `VideoBackend`."""
