@@ -3,25 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from sp_sparse.config import SparseAttentionConfig
 from sp_sparse.kernels.base import Kernel
 from sp_sparse.kernels.dense import attend_mask
-from sp_sparse.kernels.registry import KernelRequest, check_returns_lse, load_kernel, select_kernel
+from sp_sparse.kernels.registry import KernelRequest, auto_reasons, check_returns_lse, load_kernel, select_kernel
 from sp_sparse.mask import BlockMask
+from sp_sparse.parallel.agreement import RefusedError, every_value, together
 from sp_sparse.parallel.all_gather_kv import AllGatherKVStrategy, CallerAllGatherKVStrategy
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.recorder import AttentionRecorder
-from sp_sparse.selection.base import SelectionRequest
+from sp_sparse.selection.base import SelectionRequest, Selector
 from sp_sparse.selection.registry import load_selector
 from sp_sparse.selection.static import StaticPlans
 from sp_sparse.video import VideoGrid
+
+T = TypeVar("T")
 
 # How ring ranks come by the others' keys and values.
 _STRATEGIES = {"ring": SequenceParallelStrategy, "all_gather": AllGatherKVStrategy}
@@ -45,7 +51,7 @@ class SparseAttention:
         expert: int = 0,
         recorder: AttentionRecorder | None = None,
         all_gather_kv: bool = False,
-        static_plans: StaticPlans | None = None,
+        like: SparseAttention | None = None,
     ) -> None:
         """A collective call on meshes of several ranks, which compare their arguments.
 
@@ -59,36 +65,40 @@ class SparseAttention:
             recorder: counts calls and measures densities; None measures nothing.
             all_gather_kv: the ranks of the mesh, a ring without Ulysses, share the queries, but each call brings the keys
                 and values of the whole sequence without padding.
-            static_plans: the always-kept blocks, planned once for all layers that are given the same; by default its own.
+            like: another layer of the same configuration, mesh and head dimension, with which this one shares the kernel and
+                the plans of always-kept blocks; by default it has its own.
 
         Raises:
             ValueError: backend `none`, an unknown backend or selector, one that cannot serve the mesh or the configuration,
                 fewer heads than Ulysses ranks.
-            RuntimeError: the ranks' arguments differ.
+            RuntimeError: the ranks' arguments differ, or another rank cannot set up its part.
         """
         # First, so that what only one rank would refuse is told to all, and none waits for a rank that has left.
-        mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))
+        arguments = (config, num_heads, head_dim, layer, expert, all_gather_kv, like is None)
+        mesh.check_same("sparse attention settings", arguments)
         if config.backend == "none":
             raise ValueError("backend 'none' means the model's own attention; choose a backend such as 'auto'")
         if all_gather_kv and mesh.ulysses_degree > 1:
             raise ValueError(
                 f"all_gather_kv with ulysses_degree={mesh.ulysses_degree}: give a mesh of ring ranks alone"
             )
-        if mesh.ring_degree > 1:
-            check_returns_lse(config.backend)
-        elif config.backend != "auto":
-            load_kernel(config.backend)
         self.config = config
         self.num_heads, self.head_dim = num_heads, head_dim
         self.layer, self.expert = layer, expert
-        self.selector = load_selector(config)
+        self.selector = (
+            _on_all_ranks(lambda: _load(config, mesh), mesh.groups) if like is None else load_selector(config)
+        )
         strategy = CallerAllGatherKVStrategy if all_gather_kv else _STRATEGIES[config.kv_exchange]
         self.strategy = strategy(mesh, math.lcm(*config.block_size))
         self.strategy.heads(num_heads)
         self._schedule = config.schedule_for(expert)
         self.recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
-        self._static_plans = StaticPlans(config) if static_plans is None else static_plans
+        self._static_plans = StaticPlans(config)
+        if like is not None:
+            if (like.config, like.mesh, like.head_dim) != (config, mesh, head_dim):
+                raise ValueError("like= names a layer of another configuration, mesh or head dimension; leave it out")
+            self._kernels, self._static_plans = like._kernels, like._static_plans
 
     @property
     def mesh(self) -> SequenceParallelMesh:
@@ -127,7 +137,8 @@ class SparseAttention:
         self._check(query, key, value, grid, shards)
         density = self._schedule.density(self.layer, step, num_steps)
         scale = self.head_dim**-0.5 if scale is None else scale
-        kernel = self.kernel_for(query.device, query.dtype)
+        # Only with the ranks that make this call: those of another guidance half make one of their own.
+        kernel = self._agreed_kernel(query.device, query.dtype, self.mesh.sequence_groups)
         attend = partial(attend_mask, kernel, scale)
 
         masks: list[BlockMask | None] = []
@@ -148,16 +159,24 @@ class SparseAttention:
         return SequenceShards.aligned(grid.num_tokens, self.strategy.block, mesh.ulysses_degree, mesh.ring_degree)
 
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
-        """The kernel that attends tensors of this kind; asking before the first call tells early that there is none.
+        """The kernel that attends tensors of this kind, the same on all ranks; asking before the first call tells early
+        that there is none. A collective call, the first time, on meshes of several ranks.
 
         Raises:
             ValueError: the configured backend cannot run them; the text says why and names those that can.
+            RuntimeError: it cannot on another rank, whose reason is told.
         """
+        return self._agreed_kernel(device, dtype, self.mesh.groups)
+
+    def _agreed_kernel(self, device: torch.device, dtype: torch.dtype, groups: Sequence[ProcessGroup]) -> Kernel:
         if (device, dtype) not in self._kernels:
-            needs_lse = self.mesh.ring_degree > 1
-            request = KernelRequest(device, dtype, self.head_dim, self.config.block_size, needs_lse)
+            config = self.config
+            request = KernelRequest(device, dtype, self.head_dim, config.block_size, self.mesh.ring_degree > 1)
+            reasons = every_value(auto_reasons(request), groups) if config.backend == "auto" else None
             # All layers choose alike: the first tells.
-            self._kernels[device, dtype] = select_kernel(self.config.backend, request, log=self.layer == 0)
+            self._kernels[device, dtype] = _on_all_ranks(
+                lambda: select_kernel(config.backend, request, self.layer == 0, reasons), groups
+            )
         return self._kernels[device, dtype]
 
     def _select(self, query: Tensor, key: Tensor, grid: VideoGrid, shards: SequenceShards, density: float) -> BlockMask:
@@ -194,3 +213,26 @@ class SparseAttention:
                 f"grid {grid.shape} has {grid.num_tokens} tokens, but the shards {shards.lengths} with {shards.padding} "
                 f"of padding hold {shards.sequence_length}; pass the grid after patching, and a cut of the same sequence"
             )
+
+
+def _load(config: SparseAttentionConfig, mesh: SequenceParallelMesh) -> Selector:
+    """The selector, once the kernel has been found to load."""
+    if mesh.ring_degree > 1:
+        check_returns_lse(config.backend)
+    elif config.backend != "auto":
+        load_kernel(config.backend)
+    return load_selector(config)
+
+
+def _on_all_ranks(action: Callable[[], T], groups: Sequence[ProcessGroup]) -> T:
+    """Do something that may fail on some ranks: then all raise, those that could with the reason of one that could not."""
+    if not groups:
+        return action()
+    try:
+        return together(action, groups)
+    except RefusedError as refused:
+        if isinstance(refused.__cause__, Exception):
+            raise refused.__cause__ from None
+        raise RuntimeError(
+            f"sparse attention cannot run on every rank: {refused.failure}; mend it there, or choose what all ranks have"
+        ) from None

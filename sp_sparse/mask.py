@@ -163,7 +163,10 @@ class BlockMask:
         columns = _block_lengths(self.key_length, self.block_size[1], device)
         if columns.numel() == 0 or self.indices.shape[3] == 0:
             return torch.zeros((), dtype=torch.float64, device=device)
-        keys = torch.where(self._used(), columns[self.indices.long()], 0.0).sum(-1)
+        # A row is ascending, so only its last entry can be the key block that ends short.
+        last = self.indices.gather(-1, (self.counts - 1).clamp_(min=0).long().unsqueeze(-1)).squeeze(-1)
+        ends_short = (self.counts > 0) & (last == self.num_key_blocks - 1)
+        keys = self.counts.double() * self.block_size[1] - ends_short * (self.block_size[1] - columns[-1])
         return (keys * rows).sum()
 
     def density(self) -> Tensor:

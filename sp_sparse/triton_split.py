@@ -15,7 +15,7 @@ from torch import Tensor
 
 # Slots of a row that a warp holds in registers, and the most that a program does.
 _WARP_SLOTS = 1024
-MOST_SLOTS = 4096
+MOST_SLOTS = 16384
 
 
 def split_rows_triton(indices: Tensor, counts: Tensor, edges: Sequence[int]) -> list[tuple[Tensor, Tensor]]:

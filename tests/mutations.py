@@ -181,7 +181,13 @@ MUTATIONS = (
         "shards",
     ),
     Mutation("realign: missing wait", "parallel/collectives.py", "        work.wait()", "        pass", "shards"),
-    Mutation("realign: padding not 0", "parallel/collectives.py", "x.new_zeros(", "x.new_ones(", "shards"),
+    Mutation(
+        "realign: padding not 0",
+        "parallel/collectives.py",
+        "ordered.append(x.new_zeros(",
+        "ordered.append(x.new_ones(",
+        "shards",
+    ),
     Mutation(
         "realign: pieces in order of arrival",
         "parallel/collectives.py",
@@ -444,6 +450,57 @@ MUTATIONS = (
         "query.double() @ key.double().transpose(-1, -2)",
         "(query @ key.transpose(-1, -2)).double()",
         "selection",
+    ),
+    Mutation(
+        "a slice of scores selected by the static blocks of the first",
+        "selection/topk.py",
+        "static.rows[part], static.counts[part]",
+        "static.rows[: part.stop - part.start], static.counts[: part.stop - part.start]",
+        "surroundings",
+    ),
+    Mutation(
+        "keys of the own ring shard alone are selected from",
+        "attention.py",
+        "keys = self.strategy.gather_blocks(keys, shards, self.config.block_size[1])",
+        "pass",
+        "selectors",
+    ),
+    Mutation(
+        "plans are never dropped",
+        "selection/static.py",
+        "if len(self._plans) > self._most:",
+        "if False:",
+        "surroundings",
+    ),
+    Mutation(
+        "a window's table begins anywhere",
+        "selection/static.py",
+        "np.repeat(counts.cumsum() - counts, counts)",
+        "np.repeat(counts.cumsum() - 1, counts)",
+        "selection",
+    ),
+    Mutation("autocast reaches the reference kernel", "device.py", "enabled=False", "enabled=True", "surroundings"),
+    # Ranks agree
+    Mutation(
+        "what one rank cannot load is its own affair",
+        "attention.py",
+        "        return together(action, groups)",
+        "        return action()",
+        "ranks_agree",
+    ),
+    Mutation(
+        "auto looks at this rank alone",
+        "attention.py",
+        'if config.backend == "auto" else None',
+        'if config.backend == "none" else None',
+        "ranks_agree",
+    ),
+    Mutation(
+        "a group of another size than its degree",
+        "parallel/mesh.py",
+        "if group is not None and dist.get_world_size(group) != degree:",
+        "if False:",
+        "ranks_agree",
     ),
     # Video, schedule, configuration
     Mutation(

@@ -243,7 +243,7 @@ def test_layer_checks_the_kernel_against_the_tensors(monkeypatch: pytest.MonkeyP
 def test_layer_asks_for_what_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[KernelRequest] = []
 
-    def spy(name: str, request: KernelRequest, **options: bool) -> ReferenceKernel:
+    def spy(name: str, request: KernelRequest, *options: object) -> ReferenceKernel:
         seen.append(request)
         return ReferenceKernel()
 

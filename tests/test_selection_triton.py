@@ -7,9 +7,11 @@ import torch
 
 from sp_sparse import SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
 from sp_sparse.parallel.merge import merge, merge_torch
-from sp_sparse.selection.static import StaticBlocks
+from sp_sparse.selection.base import SelectionRequest
+from sp_sparse.selection.registry import load_selector
+from sp_sparse.selection.static import StaticBlocks, StaticPlans
 from sp_sparse.selection.summaries import block_scores, block_scores_torch
-from sp_sparse.selection.topk import select_rows_torch, select_topk
+from sp_sparse.selection.topk import blocks_kept, select_rows_torch, select_topk
 from tests.selection_cases import ROWS, SCORES, make_means, make_partials, make_scores, make_static
 from tests.triton_marks import needs_triton, on_gpu, run_interpreted
 from tests.triton_oracle import poisoned_empty, random_mask, to_device
@@ -65,6 +67,7 @@ def test_rows_are_the_same_everywhere(queries: int, keys: int, most: int, keep: 
         (40, (0, 40)),
         (75600, (0, 9472, 18944, 28416, 37888, 47360, 56832, 66304, 75600)),
         (75600, (0, 37888, 75600)),
+        (479424, (0, 239744, 479424)),  # 7491 blocks
     ],
 )
 def test_split_tables_are_the_same_everywhere(length: int, edges: tuple[int, ...]) -> None:
@@ -96,6 +99,30 @@ def test_merge_is_that_of_torch(head_dim: int, first: torch.dtype, dtype: torch.
     tolerance = 1e-5 if dtype is None else 8e-3
     torch.testing.assert_close(merged.cpu().double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(total.cpu().double(), expected_lse, rtol=1e-6, atol=1e-6)
+
+
+@on_gpu
+def test_a_long_video_selects_within_bounded_memory() -> None:
+    """958 920 tokens, 7 492 blocks, 40 heads; beside the mask at most 1.5 GB."""
+    grid, blocks = VideoGrid(61, 131, 120), 7492
+    config = SparseAttentionConfig(backend="triton", schedule="constant", topk=0.1, keep_first_frame=True)
+    selector, plans = load_selector(config), StaticPlans(config)
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    summaries = [torch.randn(1, 40, blocks, 128, generator=generator, device="cuda") for _ in range(2)]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    static = plans.blocks(grid, (0, grid.num_tokens), torch.device("cuda"))
+    request = SelectionRequest(1, 40, (0, grid.num_tokens), grid.num_tokens, 0.1, static, grid)
+    mask = selector.select(summaries[0], summaries[1], request)
+    table = (mask.indices.numel() + mask.counts.numel()) * 4
+    assert torch.cuda.max_memory_allocated() - before - table < 1.5e9
+    rows = slice(5000, 5003)
+    scores = block_scores_torch(summaries[0][:, :3, rows].cpu(), summaries[1][:, :3].cpu())
+    kept = static.rows[rows].cpu(), static.counts[rows].cpu()
+    expected, counts = select_rows_torch(scores, *kept, blocks_kept(0.1, blocks), mask.indices.shape[3])
+    assert torch.equal(mask.counts[:, :3, rows].cpu(), counts)
+    used = torch.arange(expected.shape[3]) < counts.unsqueeze(-1)
+    assert torch.equal(mask.indices[:, :3, rows].cpu()[used], expected[used])
 
 
 @on_gpu

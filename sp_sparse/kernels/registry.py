@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -79,8 +80,30 @@ def why_not(kernel: Kernel, request: KernelRequest) -> str | None:
     return reason
 
 
-def select_kernel(name: str, request: KernelRequest, log: bool = True) -> Kernel:
+def auto_reasons(request: KernelRequest) -> dict[str, str | None]:
+    """For each kernel that `auto` may take, why it cannot run here, or None. A kernel that cannot be loaded cannot run."""
+    reasons: dict[str, str | None] = {}
+    for name in AUTO_ORDER:
+        try:
+            reasons[name] = why_not(load_kernel(name), request)
+        except ValueError as error:
+            reasons[name] = str(error)
+    return reasons
+
+
+def select_kernel(
+    name: str,
+    request: KernelRequest,
+    log: bool = True,
+    reasons: Mapping[int, Mapping[str, str | None]] | None = None,
+) -> Kernel:
     """The kernel for `request`: the one called `name`, or for `auto` the fastest that runs.
+
+    Args:
+        name: of the kernel, or `auto`.
+        request: what it is wanted for.
+        log: tell what `auto` took, and why not those before it.
+        reasons: `auto_reasons` of every rank, by rank, so that all take the same; by default those of this process.
 
     Raises:
         ValueError: the named kernel cannot serve the request; the text says why and names those that can.
@@ -91,16 +114,18 @@ def select_kernel(name: str, request: KernelRequest, log: bool = True) -> Kernel
         if reason is not None:
             raise ValueError(f"sparse attention backend {name!r} cannot run here: {reason}; {_remedy(request)}")
         return kernel
+    if reasons is None:
+        reasons = {0: auto_reasons(request)}
     passed_over: list[tuple[str, str]] = []
     for candidate in AUTO_ORDER:
-        kernel = load_kernel(candidate)
-        reason = why_not(kernel, request)
-        if reason is None:
+        against = [(rank, why[candidate]) for rank, why in reasons.items() if why[candidate] is not None]
+        if not against:
             if log:
                 others = "".join(f"; not {other}: {why}" for other, why in passed_over)
                 logger.info("sparse attention backend auto: %s on %s%s", candidate, request.device, others)
-            return kernel
-        passed_over.append((candidate, reason))
+            return load_kernel(candidate)
+        rank, reason = against[0]
+        passed_over.append((candidate, f"rank {rank}: {reason}" if len(reasons) > 1 else str(reason)))
     raise ValueError("no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over))
 
 

@@ -10,9 +10,8 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed import ProcessGroup
+from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sp_sparse.parallel.agreement import check_same
 from sp_sparse.parallel.streams import SideStream
@@ -62,9 +61,14 @@ class SequenceParallelMesh:
             (self.ring_degree, self.ring_group, "ring"),
             (self.cfg_degree, self.cfg_group, "cfg"),
         ):
-            if degree > 1 and (group is None or dist.get_world_size(group) != degree):
-                size = "no group" if group is None else f"a group of {dist.get_world_size(group)} ranks"
-                raise ValueError(f"{name}_degree={degree} was given {size}; pass a group of {degree} ranks")
+            if degree > 1 and group is None:
+                raise ValueError(f"{name}_degree={degree} was given no group; pass a group of {degree} ranks")
+            if group is not None and dist.get_world_size(group) != degree:
+                size = dist.get_world_size(group)
+                raise ValueError(
+                    f"{name}_degree={degree} was given a group of {size} ranks; pass a group of {degree} ranks, or "
+                    f"{name}_degree={size}"
+                )
 
     @classmethod
     def from_device_mesh(
@@ -127,6 +131,11 @@ class SequenceParallelMesh:
         """The groups of more than one rank."""
         return tuple(g for g in (self.ulysses_group, self.ring_group, self.cfg_group) if g is not None)
 
+    @property
+    def sequence_groups(self) -> tuple[ProcessGroup, ...]:
+        """Those of them that share one sequence."""
+        return tuple(g for g in (self.ulysses_group, self.ring_group) if g is not None)
+
     def side_stream(self, device: torch.device) -> SideStream:
         """Where exchanges run beside what `device` computes; one for all layers of the mesh."""
         if device not in self._side_streams:
@@ -174,8 +183,18 @@ class SequenceParallelMesh:
             object.__setattr__(self, "cfg_group", dist.new_subgroups_by_enumeration(pairs)[0])
         if self.timeout is not None:
             for group in self.groups:
-                # new_group does not take over the timeout of init_process_group, and yunchang passes none.
-                _set_pg_timeout(self.timeout, group)
+                _set_timeout(group, self.timeout)
+
+
+def _set_timeout(group: ProcessGroup, timeout: timedelta) -> None:
+    """new_group does not take over the timeout of init_process_group, and yunchang passes none."""
+    setter = getattr(distributed_c10d, "_set_pg_timeout", None)
+    if setter is None:
+        raise RuntimeError(
+            f"torch {torch.__version__} has no distributed_c10d._set_pg_timeout, which sets how long ranks wait; "
+            "leave timeout=None, or give groups made with a timeout of their own"
+        )
+    setter(timeout, group)
 
 
 def _rank(group: ProcessGroup | None) -> int:

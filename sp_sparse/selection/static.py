@@ -21,18 +21,25 @@ class StaticBlocks:
 
     Attributes:
         rows: bool `[Nq, Nk]`, on the device.
+        indices: int32 `[Nq, most]`, the numbers of the kept blocks of each row, ascending; what follows them is 0.
         counts: int32 `[Nq]`, kept blocks a row, on the device.
         most: the largest of the counts, on the host.
     """
 
     rows: Tensor
+    indices: Tensor
     counts: Tensor
     most: int
 
     @classmethod
     def of(cls, rows: NDArray[np.bool_], device: torch.device) -> StaticBlocks:
         counts = rows.sum(1, dtype=np.int32)
-        return cls(torch.from_numpy(rows).to(device), torch.from_numpy(counts).to(device), int(counts.max(initial=0)))
+        most = int(counts.max(initial=0))
+        row, column = rows.nonzero()
+        indices = np.zeros((len(rows), most), dtype=np.int32)
+        indices[row, np.arange(len(row)) - np.repeat(counts.cumsum() - counts, counts)] = column
+        kept, numbers, totals = (torch.from_numpy(x).to(device) for x in (rows, indices, counts))
+        return cls(kept, numbers, totals, most)
 
 
 def static_rows(

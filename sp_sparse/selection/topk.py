@@ -14,6 +14,9 @@ from sp_sparse.selection.base import SelectionRequest
 from sp_sparse.selection.static import StaticBlocks
 from sp_sparse.selection.summaries import block_means, block_scores
 
+# Scores held at a time, 256 MB of fp32: bounds the memory of a selection beside its mask.
+_BUDGET = 1 << 26
+
 
 class TopKSelector:
     """Scores a pair of blocks by the product of their mean tokens (the coarse stage of Video Sparse Attention,
@@ -31,14 +34,21 @@ class TopKSelector:
     def select(self, queries: Tensor | None, keys: Tensor | None, request: SelectionRequest) -> BlockMask:
         assert queries is not None, "made by summarize_queries"
         assert keys is not None, "made by summarize_keys"
-        return select_topk(
-            block_scores(queries, keys),
-            request.static,
-            request.density,
-            self._block_size,
-            request.query_length,
-            request.key_length,
-        )
+        static, (batch, heads, rows, _), columns = request.static, queries.shape, keys.shape[2]
+        keep = blocks_kept(request.density, columns)
+        width = max(keep, static.most)
+        step = max(1, _BUDGET // max(1, batch * heads * columns))
+        if step >= rows:
+            indices, counts = _select_rows(block_scores(queries, keys), static.rows, static.counts, keep, width)
+        else:
+            indices = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=queries.device)
+            counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=queries.device)
+            for first in range(0, rows, step):
+                part = slice(first, first + step)
+                scores = block_scores(queries[:, :, part], keys)
+                chosen = _select_rows(scores, static.rows[part], static.counts[part], keep, width)
+                indices[:, :, part], counts[:, :, part] = chosen
+        return BlockMask(indices, counts, self._block_size, request.query_length, request.key_length)
 
 
 def blocks_kept(density: float, num_key_blocks: int) -> int:
@@ -68,17 +78,17 @@ def select_topk(
     num_keys = scores.shape[-1]
     keep = blocks_kept(density, num_keys)
     width = max(keep, static.most)
-    indices, counts = _select_rows(scores, static, keep, width)
+    indices, counts = _select_rows(scores, static.rows, static.counts, keep, width)
     return BlockMask(indices, counts, block_size, query_length, key_length)
 
 
-def _select_rows(scores: Tensor, static: StaticBlocks, keep: int, width: int) -> tuple[Tensor, Tensor]:
+def _select_rows(scores: Tensor, static: Tensor, static_counts: Tensor, keep: int, width: int) -> tuple[Tensor, Tensor]:
     if triton_runs_on(scores.device):
         from sp_sparse.selection.triton_topk import MOST_BLOCKS, select_rows_triton
 
         if 0 < scores.shape[-1] <= MOST_BLOCKS:
-            return select_rows_triton(scores, static.rows, static.counts, keep, width)
-    return select_rows_torch(scores, static.rows, static.counts, keep, width)
+            return select_rows_triton(scores, static, static_counts, keep, width)
+    return select_rows_torch(scores, static, static_counts, keep, width)
 
 
 def select_rows_torch(

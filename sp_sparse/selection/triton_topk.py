@@ -13,7 +13,7 @@ from torch import Tensor
 
 # Blocks of a row that a warp holds in registers, and the most that a program does.
 _WARP_BLOCKS = 1024
-MOST_BLOCKS = 4096
+MOST_BLOCKS = 16384
 
 
 def select_rows_triton(

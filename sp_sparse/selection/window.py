@@ -39,5 +39,6 @@ def select_static(
     static: StaticBlocks, batch: int, heads: int, block_size: tuple[int, int], query_length: int, key_length: int
 ) -> BlockMask:
     """The mask that keeps the static blocks and nothing else, for every head alike."""
-    dense = static.rows.expand(batch, heads, *static.rows.shape)
-    return BlockMask.from_dense(dense, block_size, query_length, key_length)
+    indices = static.indices.expand(batch, heads, *static.indices.shape).contiguous()
+    counts = static.counts.expand(batch, heads, *static.counts.shape).contiguous()
+    return BlockMask(indices, counts, block_size, query_length, key_length)

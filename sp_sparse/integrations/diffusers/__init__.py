@@ -72,21 +72,25 @@ def enable_sparse_attention(
     for model in models.values():
         _check_untouched(model)
     step_source = _scheduler_step(target) if hasattr(target, "scheduler") else lambda: (None, None)
-    layers = {
-        expert: [
-            SparseAttention(
+    layers: dict[int, list[SparseAttention]] = {}
+    like: SparseAttention | None = None
+    for expert, model in models.items():
+        head_dim = model.config.attention_head_dim
+        like = like if like is not None and like.head_dim == head_dim else None
+        layers[expert] = []
+        for layer in range(len(model.blocks)):
+            made = SparseAttention(
                 config,
                 mesh,
                 num_heads=model.config.num_attention_heads,
-                head_dim=model.config.attention_head_dim,
+                head_dim=head_dim,
                 layer=layer,
                 expert=expert,
                 recorder=recorder,
+                like=like,
             )
-            for layer in range(len(model.blocks))
-        ]
-        for expert, model in models.items()
-    }
+            layers[expert].append(made)
+            like = like or made
     # Everything that can be refused has been: from here on only hooks are placed.
     for expert, model in models.items():
         _attach(model, layers[expert], mesh, config, step_source, handle._undo)
