@@ -402,8 +402,8 @@ MUTATIONS = (
     Mutation(
         "more static blocks than the share are cut",
         "selection/topk.py",
-        "width = max(keep, static.most)",
-        "width = keep",
+        "return keep, max(keep, static.most)",
+        "return keep, keep",
         "selection",
     ),
     Mutation(

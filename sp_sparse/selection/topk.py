@@ -35,8 +35,7 @@ class TopKSelector:
         assert queries is not None, "made by summarize_queries"
         assert keys is not None, "made by summarize_keys"
         static, (batch, heads, rows, _), columns = request.static, queries.shape, keys.shape[2]
-        keep = blocks_kept(request.density, columns)
-        width = max(keep, static.most)
+        keep, width = _row_sizes(request.density, columns, static)
         step = max(1, _BUDGET // max(1, batch * heads * columns))
         if step >= rows:
             indices, counts = _select_rows(block_scores(queries, keys), static.rows, static.counts, keep, width)
@@ -75,11 +74,15 @@ def select_topk(
         block_size: (query block, key block) in tokens.
         query_length, key_length: tokens.
     """
-    num_keys = scores.shape[-1]
-    keep = blocks_kept(density, num_keys)
-    width = max(keep, static.most)
+    keep, width = _row_sizes(density, scores.shape[-1], static)
     indices, counts = _select_rows(scores, static.rows, static.counts, keep, width)
     return BlockMask(indices, counts, block_size, query_length, key_length)
+
+
+def _row_sizes(density: float, num_key_blocks: int, static: StaticBlocks) -> tuple[int, int]:
+    """Blocks of a row unless more are static, and the most blocks of any row."""
+    keep = blocks_kept(density, num_key_blocks)
+    return keep, max(keep, static.most)
 
 
 def _select_rows(scores: Tensor, static: Tensor, static_counts: Tensor, keep: int, width: int) -> tuple[Tensor, Tensor]:
