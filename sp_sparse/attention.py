@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -153,10 +154,23 @@ class SparseAttention:
         return exchange.out
 
     def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
-        """The cut that this layer expects by default: ring shards at block edges, as equal as that allows."""
+        """The cut that this layer expects by default: ring shards at block edges, as equal as that allows.
+
+        Warns where that leaves ring ranks without tokens.
+        """
         grid = grid if isinstance(grid, VideoGrid) else VideoGrid(*grid)
-        mesh = self.mesh
-        return SequenceShards.aligned(grid.num_tokens, self.strategy.block, mesh.ulysses_degree, mesh.ring_degree)
+        mesh, block = self.mesh, self.strategy.block
+        shards = SequenceShards.aligned(grid.num_tokens, block, mesh.ulysses_degree, mesh.ring_degree)
+        idle = sum(length == 0 for length in shards.grouped(mesh.ulysses_degree).lengths)
+        if idle:
+            query_block, key_block = self.config.block_size
+            warnings.warn(
+                f"{idle} of {mesh.ring_degree} ring ranks have no tokens: {grid.num_tokens} tokens are cut at multiples of "
+                f"{block}, which blocks of {query_block}x{key_block} need; use smaller blocks, blocks of which one divides "
+                f"the other, or ring_degree={mesh.ring_degree - idle}",
+                stacklevel=2,
+            )
+        return shards
 
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
         """The kernel that attends tensors of this kind, the same on all ranks; asking before the first call tells early

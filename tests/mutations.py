@@ -151,8 +151,8 @@ MUTATIONS = (
     Mutation(
         "own checks before the ranks are compared",
         "attention.py",
-        'mesh.check_same("sparse attention settings", (config, num_heads, head_dim, layer, expert))',
-        'config.backend == "none" or mesh.check_same("sparse attention settings", (config, num_heads, head_dim))',
+        'mesh.check_same("sparse attention settings", arguments)',
+        'config.backend == "none" or mesh.check_same("sparse attention settings", arguments)',
         "mesh_errors",
     ),
     Mutation(
@@ -364,8 +364,8 @@ MUTATIONS = (
     Mutation(
         "kernel without LSE taken for ring",
         "attention.py",
-        "if mesh.ring_degree > 1:\n            check",
-        "if False:\n            check",
+        "if mesh.ring_degree > 1:\n        check",
+        "if False:\n        check",
         "registry",
     ),
     # Selection

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from unittest import mock
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from sp_sparse import BlockMask, SequenceParallelMesh, SparseAttention, SparseAttentionConfig
-from sp_sparse.kernels import registry
+from sp_sparse.kernels import dense, registry
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
 from tests.ranks import run_ranks, world_group
@@ -159,3 +160,21 @@ def test_layers_share_what_is_alike() -> None:
     for other in (SequenceParallelMesh(), mesh):
         with pytest.raises(ValueError, match="like= names a layer of another"):
             SparseAttention(config, other, num_heads=4, head_dim=8 if other is not mesh else 16, like=first)
+
+
+def test_a_private_operator_that_is_gone_is_named() -> None:
+    with pytest.raises(RuntimeError, match=r"has no torch\.ops\.aten\._gone, by which dense.*docs/compatibility\.md"):
+        dense._private("_gone")
+    assert callable(dense._private("_scaled_dot_product_flash_attention"))
+
+
+def test_ring_ranks_without_tokens_are_told() -> None:
+    mesh = SequenceParallelMesh()
+    object.__setattr__(mesh, "ring_degree", 3)
+    layer = _layer(mesh, block_size=(24, 32))
+    text = "1 of 3 ring ranks have no tokens: 105 tokens are cut at multiples of 96, .* 24x32 need.*ring_degree=2"
+    with pytest.warns(UserWarning, match=text):
+        layer.shards(GRID)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _layer(mesh, block_size=(16, 32)).shards(GRID)

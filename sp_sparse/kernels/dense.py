@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -40,12 +43,23 @@ def dense_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> 
 def _fused(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     if _cudnn_runs(q, k, v):
-        out, lse = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, False, False, scale=scale
-        )[:2]
+        cudnn = _private("_scaled_dot_product_cudnn_attention")
+        out, lse = cudnn(q, k, v, None, True, 0.0, False, False, scale=scale)[:2]
     else:
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, False, False, scale=scale)[:2]
+        flash = _private("_scaled_dot_product_flash_attention")
+        out, lse = flash(q, k, v, 0.0, False, False, scale=scale)[:2]
     return out.transpose(1, 2), lse.reshape(lse.shape[0], lse.shape[1], -1)[:, :, : query.shape[1]]
+
+
+def _private(name: str) -> Callable[..., Any]:
+    """An operator that torch keeps to itself, and may rename: the public one returns no LSE."""
+    if not hasattr(torch.ops.aten, name):
+        raise RuntimeError(
+            f"torch {torch.__version__} has no torch.ops.aten.{name}, by which dense layers and steps run; use a version "
+            "that docs/compatibility.md names, or a schedule without dense layers and steps"
+        )
+    operator: Callable[..., Any] = getattr(torch.ops.aten, name)
+    return operator
 
 
 def _cudnn_runs(q: Tensor, k: Tensor, v: Tensor) -> bool:
