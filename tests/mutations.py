@@ -467,8 +467,8 @@ MUTATIONS = (
     ),
     Mutation(
         "plans are never dropped",
-        "selection/static.py",
-        "if len(self._plans) > self._most:",
+        "recent.py",
+        "if len(self._values) > self._most:",
         "if False:",
         "surroundings",
     ),

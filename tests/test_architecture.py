@@ -22,7 +22,8 @@ SIBLINGS = ("selection", "kernels", "parallel")
 # The layer of every module or package directly under sp_sparse ("" is its __init__), and how high it stands.
 LAYERS = {
     **dict.fromkeys(
-        ("mask", "config", "schedule", "video", "recorder", "flags", "plugins", "device", "triton_split"), BASE
+        ("mask", "config", "schedule", "video", "recorder", "flags", "plugins", "device", "recent", "triton_split"),
+        BASE,
     ),
     **{name: name for name in (*SIBLINGS, "attention", "integrations", "generate", "serve")},
     "": "package",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sp_sparse.config import SparseAttentionConfig
 from sp_sparse.mask import num_blocks
+from sp_sparse.recent import Recent
 from sp_sparse.video import VideoGrid, token_order
 
 
@@ -76,30 +76,27 @@ def static_rows(
 class StaticPlans:
     """The always-kept blocks of the videos that were seen last, one plan for all layers that share it.
 
-    A plan at 720p holds 0.35 MB a ring shard, at 1080p and 241 frames 56 MB; the oldest of more than `most` goes.
+    A plan at 720p holds 0.35 MB a ring shard, at 1080p and 241 frames 56 MB.
     """
 
     def __init__(self, config: SparseAttentionConfig, most: int = 4) -> None:
-        self._config, self._most = config, most
-        self._plans: OrderedDict[tuple[VideoGrid, tuple[int, int], torch.device], StaticBlocks] = OrderedDict()
+        self._config = config
+        self._plans: Recent[tuple[VideoGrid, tuple[int, int], torch.device], StaticBlocks] = Recent(most)
 
     def blocks(self, grid: VideoGrid, query_range: tuple[int, int], device: torch.device) -> StaticBlocks:
         """Those of the query blocks in a range of tokens of `grid`; planned once, then they stay on the device."""
-        plan = (grid, query_range, device)
-        if plan not in self._plans:
-            config, first_frame = self._config, None
-            if config.keep_first_frame:
-                first_frame = token_order(grid, config.token_order) < grid.height * grid.width
-            rows = static_rows(
-                grid.num_tokens,
-                config.block_size,
-                query_range,
-                keep_diagonal=config.keep_diagonal,
-                window=config.window,
-                first_frame=first_frame,
-            )
-            self._plans[plan] = StaticBlocks.of(rows, device)
-            if len(self._plans) > self._most:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(plan)
-        return self._plans[plan]
+        return self._plans.get((grid, query_range, device), lambda: self._plan(grid, query_range, device))
+
+    def _plan(self, grid: VideoGrid, query_range: tuple[int, int], device: torch.device) -> StaticBlocks:
+        config, first_frame = self._config, None
+        if config.keep_first_frame:
+            first_frame = token_order(grid, config.token_order) < grid.height * grid.width
+        rows = static_rows(
+            grid.num_tokens,
+            config.block_size,
+            query_range,
+            keep_diagonal=config.keep_diagonal,
+            window=config.window,
+            first_frame=first_frame,
+        )
+        return StaticBlocks.of(rows, device)

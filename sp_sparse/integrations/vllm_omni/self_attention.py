@@ -7,6 +7,7 @@ back afterwards; its all-gather-KV has gathered the keys. What is left is the ri
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from sp_sparse.attention import SparseAttention
 from sp_sparse.integrations.vllm_omni.context import Call, OmniMesh, Place
 from sp_sparse.integrations.vllm_omni.omni_attention import DenseAttention, require_ring_hook
 from sp_sparse.integrations.vllm_omni.settings import Settings
+from sp_sparse.recent import Recent
 from sp_sparse.recorder import AttentionRecorder
 from sp_sparse.video import VideoGrid, inverse_order, token_order
 
@@ -62,7 +64,7 @@ class SparseSelfAttention:
         self._order = TokenOrder(self.settings.config.token_order)
         self._recorder: AttentionRecorder | None = None
         self._layers: dict[tuple[Place, int], SparseAttention] = {}
-        self._told: set[str] = set()
+        self._told: Recent[str, None] = Recent(64)
         self._check(prefix, config)
         if self.mesh.ring_degree > 1:
             require_ring_hook()
@@ -170,9 +172,7 @@ class SparseSelfAttention:
     def _tell(self, call: Call, how: str) -> None:
         """Once a layer for each grid and way, of the first layer at INFO."""
         text = f"SP_SPARSE layer {self.layer}, video {call.grid.shape} under {self.mesh}: {how}"
-        if text not in self._told:
-            self._told.add(text)
-            (logger.debug if self.layer else logger.info)(text)
+        self._told.get(text, lambda: (logger.debug if self.layer else logger.info)(text))
 
 
 def _layer_number(prefix: str) -> int | None:
@@ -191,19 +191,19 @@ class TokenOrder:
 
     def __init__(self, name: str) -> None:
         self._name = name
-        self._indices: dict[tuple[VideoGrid, torch.device], tuple[Tensor, Tensor]] = {}
 
     def enter(self, x: Tensor, grid: VideoGrid) -> Tensor:
         """`[B, S, H, D]` from raster order."""
-        return x if self._name == "raster" else x.index_select(1, self._of(grid, x.device)[0])
+        return x if self._name == "raster" else x.index_select(1, _order_indices(grid, self._name, x.device)[0])
 
     def leave(self, x: Tensor, grid: VideoGrid) -> Tensor:
         """`[B, S, H, D]` back to raster order."""
-        return x if self._name == "raster" else x.index_select(1, self._of(grid, x.device)[1])
+        return x if self._name == "raster" else x.index_select(1, _order_indices(grid, self._name, x.device)[1])
 
-    def _of(self, grid: VideoGrid, device: torch.device) -> tuple[Tensor, Tensor]:
-        if (grid, device) not in self._indices:
-            permutation = token_order(grid, self._name)
-            there, back = (torch.from_numpy(x.copy()).to(device) for x in (permutation, inverse_order(permutation)))
-            self._indices[grid, device] = there, back
-        return self._indices[grid, device]
+
+@lru_cache(maxsize=4)
+def _order_indices(grid: VideoGrid, name: str, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Into the order and back, int64 `[S]`; one plan for all layers, of the videos that came last."""
+    permutation = token_order(grid, name)
+    there, back = (torch.from_numpy(x.copy()).to(device) for x in (permutation, inverse_order(permutation)))
+    return there, back
