@@ -192,6 +192,13 @@ MUTATIONS = (
         "agreement_diffusers",
     ),
     Mutation(
+        "latents that the loop keeps may differ",
+        "integrations/diffusers/agree.py",
+        "    if not apart > _ROUNDING * size:",
+        "    if True:",
+        "agreement_diffusers",
+    ),
+    Mutation(
         "the scheduler's sample is each rank's own",
         "integrations/diffusers/agree.py",
         "return (from_first(out[0], self._groups), *out[1:])",
