@@ -53,6 +53,7 @@ class SparseAttention:
         recorder: AttentionRecorder | None = None,
         all_gather_kv: bool = False,
         like: SparseAttention | None = None,
+        check_calls: bool = True,
     ) -> None:
         """A collective call on meshes of several ranks, which compare their arguments.
 
@@ -68,6 +69,8 @@ class SparseAttention:
                 and values of the whole sequence without padding.
             like: another layer of the same configuration, mesh and head dimension, with which this one shares the kernel and
                 the plans of always-kept blocks; by default it has its own.
+            check_calls: compare step, grid, cut and shapes of each call between the ranks, which waits for the device once
+                a call. Leave it out where they are compared once for all layers, as the diffusers integration does.
 
         Raises:
             ValueError: backend `none`, an unknown backend or selector, one that cannot serve the mesh or the configuration,
@@ -93,6 +96,7 @@ class SparseAttention:
         self.strategy = strategy(mesh, math.lcm(*config.block_size))
         self.strategy.heads(num_heads)
         self._schedule = config.schedule_for(expert)
+        self._check_calls = check_calls
         self.recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
         self._static_plans = StaticPlans(config)
@@ -132,9 +136,21 @@ class SparseAttention:
 
         Raises:
             ValueError: shapes that do not fit the layer, the grid or the shards; a kernel that cannot run these inputs.
+            RuntimeError: `check_calls`, and the ranks' calls differ.
         """
         grid = grid if isinstance(grid, VideoGrid) else VideoGrid(*grid)
         shards = shards or self.shards(grid)
+        if self._check_calls:
+            # First, so that what only one rank would refuse is told to all.
+            told = {
+                "step": step,
+                "number of steps": num_steps,
+                "grid": grid.shape,
+                "scale": scale,
+                "shards": shards.lengths,
+            }
+            sizes = {"batch": query.shape[0], "heads and dimension": tuple(query.shape[2:]), "dtype": query.dtype}
+            self.mesh.check_call({**told, **sizes}, query.device)
         self._check(query, key, value, grid, shards)
         density = self._schedule.density(self.layer, step, num_steps)
         scale = self.head_dim**-0.5 if scale is None else scale

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -55,21 +58,40 @@ def denoise(
     # A pipeline without a second expert refuses its guidance scale.
     if arguments.guidance_scale_2 is not None:
         inputs["guidance_scale_2"] = arguments.guidance_scale_2
-    latents: Tensor = pipe(
-        prompt_embeds=prompt.embeds,
-        negative_prompt_embeds=prompt.negative,
-        height=arguments.height,
-        width=arguments.width,
-        num_frames=arguments.num_frames,
-        num_inference_steps=arguments.num_inference_steps,
-        guidance_scale=arguments.guidance_scale,
-        # On the CPU: the same noise on every rank and device.
-        generator=torch.Generator().manual_seed(arguments.seed),
-        output_type="latent",
-        callback_on_step_end=clock,
-        **inputs,
-    ).frames
+    # On the CPU: the same noise on every rank and device.
+    generator = torch.Generator().manual_seed(arguments.seed)
+    with seeded_steps(pipe.scheduler, generator):
+        latents: Tensor = pipe(
+            prompt_embeds=prompt.embeds,
+            negative_prompt_embeds=prompt.negative,
+            height=arguments.height,
+            width=arguments.width,
+            num_frames=arguments.num_frames,
+            num_inference_steps=arguments.num_inference_steps,
+            guidance_scale=arguments.guidance_scale,
+            generator=generator,
+            output_type="latent",
+            callback_on_step_end=clock,
+            **inputs,
+        ).frames
     return latents
+
+
+@contextmanager
+def seeded_steps(scheduler: Any, generator: torch.Generator) -> Iterator[None]:
+    """Within it, the noise that a scheduler draws in its steps comes from `generator`; Wan's pipelines pass none."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        yield
+        return
+    before = scheduler.__dict__.get("step")
+    scheduler.step = partial(scheduler.step, generator=generator)
+    try:
+        yield
+    finally:
+        if before is None:
+            del scheduler.step
+        else:
+            scheduler.step = before
 
 
 @torch.no_grad()

@@ -6,9 +6,12 @@ gathered the next one passes on, so that every rank hears of every other. Withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
@@ -26,6 +29,10 @@ class RefusedError(RuntimeError):
     def __init__(self, text: str, speaks: bool, failure: str) -> None:
         super().__init__(text)
         self.speaks, self.failure = speaks, failure
+
+
+class LostRankError(dist.DistError):  # type: ignore[misc]  # torch gives it no type
+    """Another rank stopped, or did not come to the call that this one is in; in words instead of the backend's."""
 
 
 def every_value(value: T, groups: Sequence[ProcessGroup]) -> dict[int, T]:
@@ -47,7 +54,11 @@ def check_same(what: str, value: object, groups: Sequence[ProcessGroup]) -> None
     check_all_same({what: value}, groups)
 
 
-def check_all_same(values: Mapping[str, object], groups: Sequence[ProcessGroup]) -> None:
+def check_all_same(
+    values: Mapping[str, object],
+    groups: Sequence[ProcessGroup],
+    remedy: str = "start every rank with the same arguments",
+) -> None:
     """`check_same` for several values by their names, of which only those that differ are told. A collective call."""
     every = every_value({what: repr(value) for what, value in values.items()}, groups)
     differing = [
@@ -56,8 +67,22 @@ def check_all_same(values: Mapping[str, object], groups: Sequence[ProcessGroup])
         if len({texts[what] for texts in every.values()}) > 1
     ]
     if differing:
-        text = f"ranks differ in {', '.join(differing)}; start every rank with the same arguments"
+        text = f"ranks differ in {', '.join(differing)}; {remedy}"
         raise RefusedError(text, speaks=True, failure=text)
+
+
+def check_call(values: Mapping[str, object], groups: Sequence[ProcessGroup], device: torch.device, remedy: str) -> None:
+    """`check_all_same` for what is compared again and again: 8 bytes a rank, and one wait for `device`."""
+    if not groups:
+        return
+    digest = hashlib.blake2b(repr(sorted(values.items())).encode(), digest_size=8).digest()
+    every = torch.tensor([int.from_bytes(digest, "big", signed=True)], device=device)
+    for group in groups:
+        parts = [torch.empty_like(every) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, every, group=group)
+        every = torch.cat(parts)
+    if len(set(every.tolist())) > 1:
+        check_all_same(values, groups, remedy)
 
 
 def together(
@@ -93,6 +118,24 @@ def is_lost_rank(error: BaseException) -> bool:
     """Whether a collective failed because another rank stopped or did not answer."""
     # gloo raises plain RuntimeErrors, recognisable by their source file alone.
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
+
+
+@contextmanager
+def says_lost_rank(where: str) -> Iterator[None]:
+    """Turn what a backend says of a lost rank into a sentence that begins with `where`.
+
+    Raises:
+        LostRankError: another rank was lost.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, LostRankError) or not is_lost_rank(error):
+            raise
+        raise LostRankError(
+            f"{where}: another rank failed, was interrupted, or runs fewer steps, and this one waited for it in vain; see "
+            "what the other ranks print, give all ranks the same steps, and start them all anew"
+        ) from error
 
 
 def _this_rank() -> int:

@@ -26,6 +26,16 @@ def gather_tokens(x: Tensor, shards: SequenceShards, mesh: SequenceParallelMesh)
     return x[:, : shards.sequence_length]
 
 
+def from_first(x: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
+    """The tensor of the first rank of the mesh whose groups these are, on all of its ranks. `x` itself stays as it is."""
+    if not groups:
+        return x
+    x = x.detach().clone(memory_format=torch.contiguous_format)
+    for group in groups:
+        dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
+    return x
+
+
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
     """The contiguous tensors of a group's ranks, alike in shape, stacked: `[ranks, *x.shape]`."""
     everyone = x.new_empty(dist.get_world_size(group), *x.shape)

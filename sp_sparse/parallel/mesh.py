@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup, distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh
 
-from sp_sparse.parallel.agreement import check_same
+from sp_sparse.parallel.agreement import check_call, check_same
 from sp_sparse.parallel.streams import SideStream
 
 
@@ -149,6 +149,10 @@ class SequenceParallelMesh:
             RuntimeError: with each rank's value; without this, ranks that differ would wait for each other for ever.
         """
         check_same(what, value, self.groups)
+
+    def check_call(self, values: Mapping[str, object], device: torch.device) -> None:
+        """`check_same` for what is compared at each call: cheap, but it waits for `device`. A collective call."""
+        check_call(values, self.groups, device, "make the same call on every rank")
 
     def _build_groups(self) -> None:
         wanted = self.cfg_degree * self.ring_degree * self.ulysses_degree

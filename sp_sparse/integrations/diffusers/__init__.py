@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from sp_sparse.attention import SparseAttention
 from sp_sparse.config import SparseAttentionConfig
-from sp_sparse.integrations.diffusers.call import StepSource, WanCall
+from sp_sparse.integrations.diffusers.agree import ForwardAgreement, SchedulerAgreement
+from sp_sparse.integrations.diffusers.caches import CacheAgreement
+from sp_sparse.integrations.diffusers.call import WanCall
 from sp_sparse.integrations.diffusers.cfg import BranchParallel
+from sp_sparse.integrations.diffusers.position import LoopPosition, SchedulerSteps, StepSource, no_steps
 from sp_sparse.integrations.diffusers.processor import SparseWanProcessor
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.recorder import AttentionRecorder
@@ -71,7 +74,8 @@ def enable_sparse_attention(
         return handle
     for model in models.values():
         _check_untouched(model)
-    step_source = _scheduler_step(target) if hasattr(target, "scheduler") else lambda: (None, None)
+    scheduler = SchedulerAgreement(target, mesh.groups) if hasattr(target, "scheduler") else None
+    step_source = SchedulerSteps(target) if hasattr(target, "scheduler") else no_steps
     layers: dict[int, list[SparseAttention]] = {}
     like: SparseAttention | None = None
     for expert, model in models.items():
@@ -88,13 +92,16 @@ def enable_sparse_attention(
                 expert=expert,
                 recorder=recorder,
                 like=like,
+                check_calls=False,  # compared once a forward
             )
             layers[expert].append(made)
             like = like or made
     # Everything that can be refused has been: from here on only hooks are placed.
     for expert, model in models.items():
-        _attach(model, layers[expert], mesh, config, step_source, handle._undo)
+        _attach(model, layers[expert], mesh, config, step_source, scheduler, handle._undo)
         handle.layers += layers[expert]
+    if scheduler is not None:
+        handle._undo.callback(scheduler.release)
     return handle
 
 
@@ -128,66 +135,52 @@ def _check_untouched(model: Any) -> None:
         )
 
 
-def _scheduler_step(pipeline: Any) -> StepSource:
-    """The step as the scheduler counts it, on the host, for loops that do not pass it (image-to-video)."""
-
-    def source() -> tuple[int | None, int | None]:
-        scheduler = pipeline.scheduler
-        if not hasattr(scheduler, "step_index") or scheduler.timesteps is None:
-            return None, None
-        return scheduler.step_index or 0, len(scheduler.timesteps)
-
-    return source
-
-
-class _LoopPosition:
-    """Where the denoising loop is, as it tells `cache_context`."""
-
-    def __init__(self, fallback: StepSource) -> None:
-        self.branch: str | None = None
-        self._told: tuple[int | None, int | None] = (None, None)
-        self._fallback = fallback
-
-    def steps(self) -> tuple[int | None, int | None]:
-        return self._fallback() if None in self._told else self._told
-
-    def listening(self, cache_context: Callable[..., Any]) -> Callable[..., Any]:
-        @contextmanager
-        def listening_context(name: str, **kwargs: Any) -> Iterator[None]:
-            self.branch, self._told = name, (kwargs.get("step_index"), kwargs.get("num_inference_steps"))
-            try:
-                with cache_context(name, **kwargs):
-                    yield
-            finally:
-                self.branch, self._told = None, (None, None)
-
-        return listening_context
-
-
 def _attach(
     model: Any,
     layers: list[SparseAttention],
     mesh: SequenceParallelMesh,
     config: SparseAttentionConfig,
     step_source: StepSource,
+    scheduler: SchedulerAgreement | None,
     undo: ExitStack,
 ) -> None:
     call = WanCall(mesh, config.token_order, layers[0].shards)
-    position = _LoopPosition(step_source)
+    position = LoopPosition(step_source)
+    agree, cache = ForwardAgreement(mesh, keeps_latents=scheduler is None), CacheAgreement(model, mesh, undo)
+    needs_step = config.schedule_for(layers[0].expert).needs_step
     patch = model.config.patch_size
 
     @torch.compiler.disable
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if any(block.attn1.processor.__class__ is not SparseWanProcessor for block in model.blocks):
+        latents, timestep = (
+            args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("hidden_states", "timestep"))
+        )
+        grid = VideoGrid(*(n // p for n, p in zip(latents.shape[2:], patch, strict=True)))
+        step, num_steps = position.steps(timestep)
+        replaced = any(block.attn1.processor.__class__ is not SparseWanProcessor for block in model.blocks)
+        settings = {"step": step, "number of steps": num_steps, "grid": grid.shape, "step cache": cache.told()}
+        call.begin(step, num_steps)
+        with call.says_lost_rank():
+            # The cut of the tokens follows from the grid, and from what was compared when attention was made sparse.
+            args, kwargs = agree({**settings, "replaced processors": replaced}, position.branch, args, kwargs)
+        if replaced:
             raise RuntimeError(
                 "a self-attention processor was replaced after enable_sparse_attention, so that block would attend only "
                 "this rank's tokens; call remove() first"
             )
-        latents = args[0] if args else kwargs["hidden_states"]
-        frames, height, width = (n // p for n, p in zip(latents.shape[2:], patch, strict=True))
-        call.begin(VideoGrid(frames, height, width), *position.steps(), latents.device)
-        args, kwargs = _replace_argument(args, kwargs, 1, "timestep", _enter_timestep(call))
-        return args, kwargs
+        if step is None and needs_step:
+            raise ValueError(
+                f"schedule {config.schedule!r} with dense_steps={config.dense_steps} needs the denoising step, which is not "
+                "known here: the loop does not tell cache_context, and its timestep is not where the scheduler of the "
+                "pipeline given to enable_sparse_attention stands; give enable_sparse_attention the pipeline that runs, "
+                "let both pipelines share one scheduler, tell cache_context(step_index=, num_inference_steps=) in a loop of "
+                "your own, or use schedule='constant' without dense_steps"
+            )
+        cache.prepare()
+        if scheduler is not None:
+            scheduler.watch()
+        call.plan_for(grid, latents.device)
+        return _replace_argument(args, kwargs, 1, "timestep", _enter_timestep(call))
 
     for block, layer in zip(model.blocks, layers, strict=True):
         undo.callback(block.attn1.set_processor, block.attn1.processor)

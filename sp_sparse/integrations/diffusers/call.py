@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from sp_sparse.attention import SparseAttention
+from sp_sparse.parallel.agreement import says_lost_rank
 from sp_sparse.parallel.collectives import gather_tokens
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.video import VideoGrid, inverse_order, token_order
-
-# (step, number of steps), each None where unknown
-StepSource = Callable[[], "tuple[int | None, int | None]"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,15 +45,24 @@ class WanCall:
         self._step: int | None = None
         self._num_steps: int | None = None
 
-    def begin(self, grid: VideoGrid, step: int | None, num_steps: int | None, device: torch.device) -> None:
-        """A forward pass over `grid` at `step` starts."""
+    def begin(self, step: int | None, num_steps: int | None) -> None:
+        """A forward pass at `step` starts."""
+        self._plan, self._step, self._num_steps = None, step, num_steps
+
+    def plan_for(self, grid: VideoGrid, device: torch.device) -> None:
+        """The forward pass is over `grid`."""
         if (grid, device) not in self._plans:
             permutation = token_order(grid, self._order)
             shards = self._cut(grid)
             first, last = shards.range_of(self._mesh.sequence_rank)
             local, raster = (torch.from_numpy(x.copy()) for x in (permutation[first:last], inverse_order(permutation)))
             self._plans[grid, device] = TokenPlan(grid, shards, local.to(device), raster.to(device))
-        self._plan, self._step, self._num_steps = self._plans[grid, device], step, num_steps
+        self._plan = self._plans[grid, device]
+
+    def says_lost_rank(self) -> AbstractContextManager[None]:
+        """Within it, what a backend says of a lost rank becomes a sentence with the step."""
+        where = "a forward" if self._step is None else f"step {self._step} of {self._num_steps} (counted from 0)"
+        return says_lost_rank(f"the ranks do not all run {where}")
 
     @property
     def plan(self) -> TokenPlan:
@@ -65,9 +73,10 @@ class WanCall:
     def attend(self, attention: SparseAttention, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Run the layer with what this forward pass knows."""
         plan = self.plan
-        return attention(
-            query, key, value, grid=plan.grid, step=self._step, num_steps=self._num_steps, shards=plan.shards
-        )
+        with self.says_lost_rank():
+            return attention(
+                query, key, value, grid=plan.grid, step=self._step, num_steps=self._num_steps, shards=plan.shards
+            )
 
     def enter(self, x: Tensor, dim: int) -> Tensor:
         """This rank's tokens, in the token order, of a tensor with all tokens in raster order along `dim`."""
@@ -75,4 +84,5 @@ class WanCall:
 
     def leave(self, x: Tensor) -> Tensor:
         """All tokens in raster order, from this rank's `[B, S_rank, C]`."""
-        return gather_tokens(x, self.plan.shards, self._mesh).index_select(1, self.plan.raster)
+        with self.says_lost_rank():
+            return gather_tokens(x, self.plan.shards, self._mesh).index_select(1, self.plan.raster)
