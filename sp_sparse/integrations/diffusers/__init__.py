@@ -110,23 +110,19 @@ def _transformers(target: Any) -> dict[int, Any]:
     """Expert number -> transformer."""
     from diffusers import WanTransformer3DModel
 
-    if isinstance(target, nn.Module):
-        found: dict[int, Any] = {0: target}
-    else:
-        found = {i: getattr(target, name, None) for i, name in enumerate(("transformer", "transformer_2"))}
+    _check_not_compiled(target)
+    if isinstance(target, WanTransformer3DModel):
+        return {0: target}
+    found = {i: getattr(target, name, None) for i, name in enumerate(("transformer", "transformer_2"))}
     models = {i: model for i, model in found.items() if model is not None}
     for model in models.values():
         _check_not_compiled(model)
     if not models or not all(isinstance(model, WanTransformer3DModel) for model in models.values()):
-        kinds = ", ".join(type(model).__name__ for model in models.values()) or "no transformer"
-        has = (
-            f"{type(target).__name__} is"
-            if target in found.values()
-            else f"{type(target).__name__} has {kinds}, which is"
-        )
+        has = " and ".join(type(model).__name__ for model in models.values())
         raise TypeError(
-            f"{has} not taken: sparse attention is for WanTransformer3DModel and the pipelines made of it, such as "
-            "WanPipeline and WanImageToVideoPipeline; pass one of these, or leave this one as it is (backend 'none')"
+            f"{type(target).__name__}{' has ' + has + ', which' if has else ''} is not taken: sparse attention is for "
+            "WanTransformer3DModel and the pipelines made of it, such as WanPipeline and WanImageToVideoPipeline; pass one "
+            "of these, or leave this one as it is (backend 'none')"
         )
     return models
 
@@ -137,10 +133,8 @@ def _shape(model: Any) -> tuple[int, int, int]:
 
 def _check_not_compiled(model: Any) -> None:
     """Compiled as a whole, a model calls what was traced, past the hooks; compiled blocks are traced anew."""
-    compiled = (
-        isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None
-    )
-    if compiled or hasattr(getattr(model, "forward", None), "_torchdynamo_orig_callable"):
+    whole = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if whole or hasattr(getattr(model, "forward", None), "_torchdynamo_orig_callable"):
         raise RuntimeError(
             f"{type(model).__name__} is compiled as a whole; enable sparse attention on the transformer as it was loaded, "
             "and compile afterwards, with its compile_repeated_blocks()"
