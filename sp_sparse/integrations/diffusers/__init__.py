@@ -76,7 +76,7 @@ def enable_sparse_attention(
         return handle
     for model in models.values():
         _check_untouched(model)
-    halves = GuidanceHalves(mesh, _guidance(target)) if mesh.cfg_degree > 1 else None
+    halves = GuidanceHalves(mesh, target) if mesh.cfg_degree > 1 else None
     step_source = _scheduler_step(target) if hasattr(target, "scheduler") else _no_step(config)
     layers = {
         expert: [
@@ -178,17 +178,6 @@ def _no_step(config: SparseAttentionConfig) -> StepSource:
     return source
 
 
-def _guidance(target: Any) -> Callable[[], bool]:
-    """Whether guidance is on at this step, as the pipeline's loop decides it."""
-    name = "do_classifier_free_guidance"
-    if name not in dir(target):
-        raise TypeError(
-            f"cfg_degree=2 needs to know at each step whether guidance is on, which {type(target).__name__} does not tell "
-            f"({name}); pass the pipeline instead of its transformer, or use cfg_degree=1"
-        )
-    return lambda: bool(getattr(target, name))
-
-
 class _LoopPosition:
     """Where the denoising loop is, as it tells `cache_context`."""
 
@@ -270,7 +259,7 @@ def _attach(
     place_branches()
     shadows.place(
         "cache_context",
-        lambda own: position.listening(halves.watching(own, lambda: position.steps()[0], place_branches)),
+        lambda own: position.listening(halves.watching(own, place_branches)),
     )
 
 

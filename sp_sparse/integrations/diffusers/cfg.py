@@ -47,32 +47,48 @@ class _Failure:
         return cls(f"{type(error).__name__}: {error}", isinstance(error, RefusedError), memory)
 
 
+class _PipelineGuidance:
+    """What the loop of a pipeline goes by."""
+
+    def __init__(self, pipeline: Any) -> None:
+        if "do_classifier_free_guidance" not in dir(pipeline):
+            raise TypeError(
+                "cfg_degree=2 needs to know at each step whether guidance is on, which "
+                f"{type(pipeline).__name__} does not tell (do_classifier_free_guidance); pass the pipeline instead of its "
+                "transformer, or use cfg_degree=1"
+            )
+        self._pipeline = pipeline
+
+    def is_on(self) -> bool:
+        """Whether the loop calls the transformer for the unconditional branch too."""
+        return bool(self._pipeline.do_classifier_free_guidance)
+
+    def at_first_step(self) -> bool:
+        """By the scheduler, for loops that do not tell; some count from None. False where it does not count."""
+        return not getattr(getattr(self._pipeline, "scheduler", None), "step_index", True)
+
+
 class GuidanceHalves:
     """The step that the ranks of both halves are at, for all transformers of one pipeline."""
 
-    def __init__(self, mesh: SequenceParallelMesh, is_guided: Callable[[], bool]) -> None:
-        """`is_guided` tells whether the loop calls the transformer for the unconditional branch too."""
-        self._mesh, self._is_guided = mesh, is_guided
+    def __init__(self, mesh: SequenceParallelMesh, pipeline: Any) -> None:
+        """Raises TypeError if `pipeline` does not tell whether guidance is on, as a transformer alone does not."""
+        self._mesh, self._guidance = mesh, _PipelineGuidance(pipeline)
         self._step: _Step | None = None
         self._computing = False
 
-    def watching(
-        self, cache_context: Callable[..., Any], step: Callable[[], int | None], prepare: Callable[[], None]
-    ) -> Callable[..., Any]:
-        """`cache_context` that begins steps, and ends them where they fail.
-
-        `step` gives the step of the loop, None where unknown; `prepare` is called before each call.
-        """
+    def watching(self, cache_context: Callable[..., Any], prepare: Callable[[], None]) -> Callable[..., Any]:
+        """`cache_context` that begins steps, and ends them where they fail; `prepare` is called before each call."""
 
         @contextmanager
         def watching_context(name: str, **kwargs: Any) -> Iterator[None]:
             if name == "cond":
-                self._begin(step())
+                self._begin(kwargs.get("step_index"))
             try:
                 prepare()
                 with cache_context(name, **kwargs):
                     yield
-                if name == "cond" and self._step is not None and self._step.guided and not self._is_guided():
+                if name == "cond" and self._step is not None and self._step.guided and not self._guidance.is_on():
                     raise RuntimeError(
                         "guidance was switched off within a step, whose conditional branch this half of the ranks may "
                         "not have; switch it in callback_on_step_end"
@@ -124,11 +140,11 @@ class GuidanceHalves:
         if self._step is not None:
             # This rank left that step where nothing watches, between two contexts: the others may still wait in it.
             self._end(RuntimeError("left the step between its two branches"))
-        guided = self._is_guided()
-        useless = not guided and step == 0
+        guided = self._guidance.is_on()
+        useless = not guided and (self._guidance.at_first_step() if step is None else step == 0)
         least, most = _least_and_most(guided + 2 * useless, self._mesh.groups)
         if least != most:
-            check_same("whether guidance is on, and at which step", (guided, step), self._mesh.groups)
+            check_same("whether guidance is on, or at which step", (guided, step), self._mesh.groups)
         if useless:
             raise RuntimeError(
                 "cfg_degree=2 runs the two branches of guidance, but guidance is off at the first step; turn it on "
