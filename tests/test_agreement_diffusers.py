@@ -112,7 +112,7 @@ def test_a_transformer_alone_runs_the_first_ranks_inputs() -> None:
 def _check_kept_latents(rank: int) -> None:
     """The loop of a pipeline whose transformers alone were made sparse keeps each rank's own latents."""
     pipe = tiny_pipeline("t2v")
-    mesh = SequenceParallelMesh(1, 2, 2)
+    mesh = SequenceParallelMesh(2, 2)
     for model in (pipe.transformer, pipe.transformer_2):
         enable_sparse_attention(model, CONFIG, mesh)
     every = _every(run(pipe))

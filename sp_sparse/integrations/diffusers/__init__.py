@@ -14,9 +14,11 @@ from sp_sparse.config import SparseAttentionConfig
 from sp_sparse.integrations.diffusers.agree import ForwardAgreement, SchedulerAgreement
 from sp_sparse.integrations.diffusers.caches import CacheAgreement
 from sp_sparse.integrations.diffusers.call import WanCall
-from sp_sparse.integrations.diffusers.cfg import BranchParallel
+from sp_sparse.integrations.diffusers.cfg import BranchParallel, GuidanceHalves
 from sp_sparse.integrations.diffusers.position import LoopPosition, SchedulerSteps, StepSource, no_steps
 from sp_sparse.integrations.diffusers.processor import SparseWanProcessor
+from sp_sparse.integrations.diffusers.shadows import Shadows
+from sp_sparse.parallel.agreement import together
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.recorder import AttentionRecorder
 from sp_sparse.video import VideoGrid
@@ -32,7 +34,10 @@ class SparseWan:
         self._undo = ExitStack()
 
     def remove(self) -> None:
-        """Give the model its own attention, forward and methods back. Calling it again does nothing."""
+        """Give the model its own attention, forward and methods back. Calling it again does nothing.
+
+        What another library has placed since, such as accelerate's hooks or another attention processor, stays.
+        """
         self._undo.close()
 
     def __enter__(self) -> SparseWan:
@@ -62,9 +67,9 @@ def enable_sparse_attention(
         recorder: collects what really ran.
 
     Raises:
-        TypeError: a target without a Wan transformer.
+        TypeError: a target without a Wan transformer, or with `cfg_degree=2` one that is no pipeline.
         ValueError: a configuration that the model or the mesh cannot serve.
-        RuntimeError: the model is sparse already, or diffusers' own parallelism is on; or ranks differ.
+        RuntimeError: the model is sparse or compiled already, or diffusers' own parallelism is on; or ranks differ.
     """
     mesh = mesh or SequenceParallelMesh()
     models = _transformers(target)
@@ -74,6 +79,7 @@ def enable_sparse_attention(
         return handle
     for model in models.values():
         _check_untouched(model)
+    halves = GuidanceHalves(mesh, target) if mesh.cfg_degree > 1 else None
     scheduler = SchedulerAgreement(target, mesh.groups) if hasattr(target, "scheduler") else None
     step_source = SchedulerSteps(target) if hasattr(target, "scheduler") else no_steps
     layers: dict[int, list[SparseAttention]] = {}
@@ -96,12 +102,20 @@ def enable_sparse_attention(
             )
             layers[expert].append(made)
             like = like or made
-    # Everything that can be refused has been: from here on only hooks are placed.
-    for expert, model in models.items():
-        _attach(model, layers[expert], mesh, config, step_source, scheduler, handle._undo)
-        handle.layers += layers[expert]
-    if scheduler is not None:
-        handle._undo.callback(scheduler.release)
+
+    def place() -> None:
+        for expert, model in models.items():
+            _attach(model, layers[expert], mesh, config, step_source, scheduler, halves, handle._undo)
+            handle.layers += layers[expert]
+        if scheduler is not None:
+            handle._undo.callback(scheduler.release)
+
+    # Everything that can be refused has been: from here on only hooks are placed, on all ranks or on none.
+    try:
+        together(place, mesh.groups) if mesh.groups else place()
+    except BaseException:
+        handle.remove()
+        raise
     return handle
 
 
@@ -109,20 +123,35 @@ def _transformers(target: Any) -> dict[int, Any]:
     """Expert number -> transformer."""
     from diffusers import WanTransformer3DModel
 
+    _check_not_compiled(target)
     if isinstance(target, WanTransformer3DModel):
         return {0: target}
     found = {i: getattr(target, name, None) for i, name in enumerate(("transformer", "transformer_2"))}
     models = {i: model for i, model in found.items() if model is not None}
+    for model in models.values():
+        _check_not_compiled(model)
     if not models or not all(isinstance(model, WanTransformer3DModel) for model in models.values()):
-        kinds = ", ".join(type(model).__name__ for model in models.values()) or "no transformer"
+        has = " and ".join(type(model).__name__ for model in models.values())
         raise TypeError(
-            f"{type(target).__name__} has {kinds}; sparse attention is for WanTransformer3DModel and pipelines made of it"
+            f"{type(target).__name__}{' has ' + has + ', which' if has else ''} is not taken: sparse attention is for "
+            "WanTransformer3DModel and the pipelines made of it, such as WanPipeline and WanImageToVideoPipeline; pass one "
+            "of these, or leave this one as it is (backend 'none')"
         )
     return models
 
 
 def _shape(model: Any) -> tuple[int, int, int]:
     return len(model.blocks), model.config.num_attention_heads, model.config.attention_head_dim
+
+
+def _check_not_compiled(model: Any) -> None:
+    """Compiled as a whole, a model calls what was traced, past the hooks; compiled blocks are traced anew."""
+    whole = hasattr(model, "_orig_mod") or getattr(model, "_compiled_call_impl", None) is not None
+    if whole or hasattr(getattr(model, "forward", None), "_torchdynamo_orig_callable"):
+        raise RuntimeError(
+            f"{type(model).__name__} is compiled as a whole; enable sparse attention on the transformer as it was loaded, "
+            "and compile afterwards, with its compile_repeated_blocks()"
+        )
 
 
 def _check_untouched(model: Any) -> None:
@@ -142,6 +171,7 @@ def _attach(
     config: SparseAttentionConfig,
     step_source: StepSource,
     scheduler: SchedulerAgreement | None,
+    halves: GuidanceHalves | None,
     undo: ExitStack,
 ) -> None:
     call = WanCall(mesh, config.token_order, layers[0].shards)
@@ -183,22 +213,38 @@ def _attach(
         return _replace_argument(args, kwargs, 1, "timestep", _enter_timestep(call))
 
     for block, layer in zip(model.blocks, layers, strict=True):
-        undo.callback(block.attn1.set_processor, block.attn1.processor)
-        block.attn1.set_processor(SparseWanProcessor(layer, call))
-    hooks = (
-        model.register_forward_pre_hook(before_forward, with_kwargs=True),
-        model.rope.register_forward_hook(lambda m, a, tables: tuple(call.enter(table, 1) for table in tables)),
+        processor = SparseWanProcessor(layer, call, block.attn1.processor)
+        undo.callback(processor.remove_from, block.attn1)
+        block.attn1.set_processor(processor)
+    hooks: tuple[Callable[[], Any], ...] = (
+        lambda: model.register_forward_pre_hook(before_forward, with_kwargs=True),
+        lambda: model.rope.register_forward_hook(lambda m, a, tables: tuple(call.enter(table, 1) for table in tables)),
         # [B, C, T, H, W] -> [B, C, S_rank, 1, 1], which the model flattens to this rank's tokens.
-        model.patch_embedding.register_forward_hook(lambda m, a, x: call.enter(x.flatten(2), 2)[..., None, None]),
-        model.proj_out.register_forward_hook(lambda m, a, x: call.leave(x)),
+        lambda: model.patch_embedding.register_forward_hook(
+            lambda m, a, x: call.enter(x.flatten(2), 2)[..., None, None]
+        ),
+        lambda: model.proj_out.register_forward_hook(lambda m, a, x: call.leave(x)),
     )
     for hook in hooks:
-        undo.callback(hook.remove)
-    _shadow(model, "cache_context", position.listening(model.cache_context), undo)
-    _shadow(model, "enable_parallelism", _refuse_enable_parallelism, undo)
-    if mesh.cfg_degree > 1:
-        branches = BranchParallel(model.forward, mesh, model.config.out_channels, lambda: position.branch)
-        _shadow(model, "forward", branches, undo)
+        undo.callback(hook().remove)
+    shadows = Shadows(model)
+    undo.callback(shadows.remove)
+    shadows.place("enable_parallelism", lambda _: _refuse_enable_parallelism)
+    if halves is None:
+        shadows.place("cache_context", position.listening)
+        return
+
+    def place_branches() -> None:
+        shadows.place(
+            "forward",
+            lambda forward: BranchParallel(forward, halves, model.config.out_channels, lambda: position.branch),
+        )
+
+    place_branches()
+    shadows.place(
+        "cache_context",
+        lambda own: position.listening(halves.watching(own, place_branches)),
+    )
 
 
 def _enter_timestep(call: WanCall) -> Callable[[Tensor], Tensor]:
@@ -212,17 +258,6 @@ def _replace_argument(
     if len(args) > place:
         return (*args[:place], change(args[place]), *args[place + 1 :]), kwargs
     return args, {**kwargs, name: change(kwargs[name])}
-
-
-def _shadow(model: Any, name: str, replacement: Any, undo: ExitStack) -> None:
-    """Put an attribute on the instance in front of the class's, or of what stood there before."""
-    missing = object()
-    before = model.__dict__.get(name, missing)
-    model.__dict__[name] = replacement
-    if before is missing:
-        undo.callback(model.__dict__.pop, name, None)
-    else:
-        undo.callback(model.__dict__.__setitem__, name, before)
 
 
 def _refuse_enable_parallelism(*_: Any, **__: Any) -> None:

@@ -94,8 +94,8 @@ def _check_latents(own: Tensor, first: Tensor, groups: Sequence[ProcessGroup]) -
     told = "; ".join(f"rank {rank}: {share}" for rank, share in every.items())
     text = (
         f"ranks differ in hidden_states, relative to the first rank's ({told}), so each rank's loop would "
-        "end with another video; seed the noise alike on every rank, or give enable_sparse_attention the pipeline instead of "
-        "its transformer"
+        "end with another video; seed the noise alike on every rank, or give enable_sparse_attention the "
+        "pipeline instead of its transformer"
     )
     raise RefusedError(text, speaks=True, failure=text)
 

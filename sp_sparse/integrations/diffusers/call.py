@@ -14,6 +14,7 @@ from sp_sparse.parallel.agreement import says_lost_rank
 from sp_sparse.parallel.collectives import gather_tokens
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
+from sp_sparse.recent import Recent
 from sp_sparse.video import VideoGrid, inverse_order, token_order
 
 
@@ -40,7 +41,7 @@ class WanCall:
     def __init__(self, mesh: SequenceParallelMesh, order: str, cut: Callable[[VideoGrid], SequenceShards]) -> None:
         """`cut` gives the shards of a grid; `order` is the token order."""
         self._mesh, self._order, self._cut = mesh, order, cut
-        self._plans: dict[tuple[VideoGrid, torch.device], TokenPlan] = {}
+        self._plans: Recent[tuple[VideoGrid, torch.device], TokenPlan] = Recent(4)
         self._plan: TokenPlan | None = None
         self._step: int | None = None
         self._num_steps: int | None = None
@@ -51,13 +52,14 @@ class WanCall:
 
     def plan_for(self, grid: VideoGrid, device: torch.device) -> None:
         """The forward pass is over `grid`."""
-        if (grid, device) not in self._plans:
-            permutation = token_order(grid, self._order)
-            shards = self._cut(grid)
-            first, last = shards.range_of(self._mesh.sequence_rank)
-            local, raster = (torch.from_numpy(x.copy()) for x in (permutation[first:last], inverse_order(permutation)))
-            self._plans[grid, device] = TokenPlan(grid, shards, local.to(device), raster.to(device))
-        self._plan = self._plans[grid, device]
+        self._plan = self._plans.get((grid, device), lambda: self._order_and_cut(grid, device))
+
+    def _order_and_cut(self, grid: VideoGrid, device: torch.device) -> TokenPlan:
+        permutation = token_order(grid, self._order)
+        shards = self._cut(grid)
+        first, last = shards.range_of(self._mesh.sequence_rank)
+        local, raster = (torch.from_numpy(x.copy()) for x in (permutation[first:last], inverse_order(permutation)))
+        return TokenPlan(grid, shards, local.to(device), raster.to(device))
 
     def says_lost_rank(self) -> AbstractContextManager[None]:
         """Within it, what a backend says of a lost rank becomes a sentence with the step."""

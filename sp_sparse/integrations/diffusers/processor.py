@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -19,8 +20,16 @@ class SparseWanProcessor:
     It has no `_attention_backend`, so that `model.set_attention_backend` goes on choosing for cross-attention alone.
     """
 
-    def __init__(self, attention: SparseAttention, call: WanCall) -> None:
+    def __init__(self, attention: SparseAttention, call: WanCall, own: Callable[..., Any]) -> None:
+        """`own` is the processor that it replaces."""
         self._attend = OpaqueCall(partial(call.attend, attention))
+        self._own, self._removed = own, False
+
+    def remove_from(self, attn: Any) -> None:
+        """Give the layer its own processor back. One that was set since stays, and is passed on to it if it calls this."""
+        self._removed = True
+        if attn.processor is self:
+            attn.set_processor(self._own)
 
     def __call__(
         self,
@@ -31,6 +40,8 @@ class SparseWanProcessor:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
         """`hidden_states` `[B, S_rank, C]` and `rotary_emb` (cos, sin) `[1, S_rank, 1, D]` -> `[B, S_rank, C]`."""
+        if self._removed:
+            return cast(Tensor, self._own(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb))
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError(
                 "sparse self-attention takes neither encoder_hidden_states nor attention_mask; use it for attn1 only"
