@@ -96,13 +96,15 @@ def enable_sparse_attention(
 
     def place() -> None:
         for expert, model in models.items():
-            _attach(model, layers[expert], mesh, config, step_source, halves, undo)
+            _attach(model, layers[expert], mesh, config, step_source, halves, handle._undo)
             handle.layers += layers[expert]
 
     # Everything that can be refused has been: from here on only hooks are placed, on all ranks or on none.
-    with ExitStack() as undo:
+    try:
         together(place, mesh.groups) if mesh.groups else place()
-        handle._undo = undo.pop_all()
+    except BaseException:
+        handle.remove()
+        raise
     return handle
 
 
