@@ -52,3 +52,14 @@ def run(pipe: Any, **overrides: Any) -> Tensor:
         arguments["image"] = Image.fromarray(pixels)
     latents: Tensor = pipe(**arguments, generator=torch.Generator().manual_seed(0)).frames
     return latents
+
+
+def inputs(model: Any, frames: int = 4, side: int = 8) -> dict[str, Any]:
+    """Of a forward of `model`, from a fixed seed."""
+    generator = torch.Generator().manual_seed(3)
+    return {
+        "hidden_states": torch.randn(1, model.config.in_channels, frames, side, side, generator=generator),
+        "timestep": torch.tensor([900]),
+        "encoder_hidden_states": torch.randn(1, 8, 32, generator=generator),
+        "return_dict": False,
+    }
