@@ -88,6 +88,8 @@ def test_noise_without_a_seed_is_the_first_ranks(
 def _check_inputs(rank: int) -> None:
     model = tiny_transformer()
     given = _inputs(model, seed=rank, timestep=900 - rank)
+    # Latents that differ by rounding, which a GPU's encoder may.
+    given["hidden_states"] = _inputs(model, seed=0)["hidden_states"] * (1 + 1e-3 * rank)
     kept = {name: x.clone() for name, x in given.items() if isinstance(x, Tensor)}
     with torch.no_grad():
         with enable_sparse_attention(model, CONFIG):
@@ -105,6 +107,23 @@ def _check_inputs(rank: int) -> None:
 
 def test_a_transformer_alone_runs_the_first_ranks_inputs() -> None:
     run_ranks(4, _check_inputs)
+
+
+def _check_kept_latents(rank: int) -> None:
+    """The loop of a pipeline whose transformers alone were made sparse keeps each rank's own latents."""
+    pipe = tiny_pipeline("t2v")
+    mesh = SequenceParallelMesh(1, 2, 2)
+    for model in (pipe.transformer, pipe.transformer_2):
+        enable_sparse_attention(model, CONFIG, mesh)
+    every = _every(run(pipe))
+    assert all(torch.equal(every[0], other) for other in every)
+    text = r"ranks differ in hidden_states, .*rank 0: 0%; rank 1: 1[0-9]{2}%.*; seed the noise alike"
+    with pytest.raises(RefusedError, match=text):
+        _from_global_noise(pipe, seed=rank)
+
+
+def test_latents_that_nobody_makes_alike_are_refused() -> None:
+    run_ranks(4, _check_kept_latents)
 
 
 def _inputs(model: Any, seed: int = 0, timestep: int = 900, side: int = 8, batch: int = 1) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _attach(
 ) -> None:
     call = WanCall(mesh, config.token_order, layers[0].shards)
     position = LoopPosition(step_source)
-    agree, cache = ForwardAgreement(mesh), CacheAgreement(model, mesh, undo)
+    agree, cache = ForwardAgreement(mesh, keeps_latents=scheduler is None), CacheAgreement(model, mesh, undo)
     needs_step = config.schedule_for(layers[0].expert).needs_step
     patch = model.config.patch_size
 
@@ -169,7 +169,8 @@ def _attach(
                 f"schedule {config.schedule!r} with dense_steps={config.dense_steps} needs the denoising step, which is not "
                 "known here: the loop does not tell cache_context, and its timestep is not where the scheduler of the "
                 "pipeline given to enable_sparse_attention stands; give enable_sparse_attention the pipeline that runs, "
-                "let both pipelines share one scheduler, or use schedule='constant' without dense_steps"
+                "let both pipelines share one scheduler, tell cache_context(step_index=, num_inference_steps=) in a loop of "
+                "your own, or use schedule='constant' without dense_steps"
             )
         cache.prepare()
         if scheduler is not None:

