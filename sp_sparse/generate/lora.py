@@ -22,12 +22,12 @@ def check_lora(arguments: GenerateArguments) -> None:
     for name in ("lora", "lora_2"):
         for source in getattr(arguments, name):
             path = Path(source)
-            if path.is_dir() and not any(file.suffix in _SUFFIXES for file in path.iterdir()):
+            if source and path.is_dir() and not any(file.suffix in _SUFFIXES for file in path.iterdir()):
                 raise ValueError(
                     f"{flag_of(name)} {source} has no weights in it; give a folder with a .safetensors file"
                 )
             is_hub_id = _HUB_ID.fullmatch(source) is not None and path.suffix not in _SUFFIXES
-            if not path.exists() and not is_hub_id:
+            if not source or not (path.exists() or is_hub_id):
                 raise ValueError(
                     f"{flag_of(name)} {source!r} is no file, no folder and no hub id; give a .safetensors file that is "
                     "there, or owner/name"

@@ -103,6 +103,8 @@ def check_image(arguments: GenerateArguments, model: WanModel) -> None:
         raise ValueError(f"{arguments.model} makes videos from an image; give its first frame with --image")
     if arguments.image is not None and not Path(arguments.image).is_file():
         raise ValueError(f"--image {arguments.image} is not a file; give a picture")
+    if arguments.image is not None:
+        picture_size(arguments.image)
 
 
 def check_video(arguments: GenerateArguments, model: WanModel, named: Named = flag_of) -> None:
@@ -168,7 +170,7 @@ def fill_defaults(arguments: GenerateArguments, model: WanModel) -> GenerateArgu
 
 
 def picture_size(path: str) -> tuple[int, int]:
-    """Width and height, as the picture is meant to be seen.
+    """Width and height, as the picture is meant to be seen; all of it is read.
 
     Raises:
         ValueError: it is no picture.
@@ -177,7 +179,9 @@ def picture_size(path: str) -> tuple[int, int]:
 
     try:
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).size
+            image.load()
+            size: tuple[int, int] = ImageOps.exif_transpose(image).size
+            return size
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"--image {path} cannot be read ({error}); give a PNG, JPEG or WebP picture") from error
 
