@@ -406,9 +406,13 @@ def _png(width: int, height: int) -> bytes:
     return out.getvalue()
 
 
+def _request(**asked: Any) -> VideoRequest:
+    return VideoRequest.model_validate({"prompt": "a cat", **asked})
+
+
 def test_the_server_takes_the_aspect_too() -> None:
     def size(**asked: Any) -> tuple[int, int]:
-        job = job_parameters(VideoRequest(prompt="a cat", **asked), _png(480, 832), CARD, Limits())
+        job = job_parameters(_request(**asked), _png(480, 832), CARD, Limits())
         return job.width, job.height
 
     assert size() == (48, 80)  # of 64 x 64 pixels
@@ -426,7 +430,7 @@ def test_the_server_takes_the_aspect_too() -> None:
 )
 def test_the_server_refuses_in_the_same_words(asked: dict[str, Any], text: str) -> None:
     with pytest.raises(ApiError, match=text):
-        job_parameters(VideoRequest(prompt="a cat", **asked), None, CARD, Limits())
+        job_parameters(_request(**asked), None, CARD, Limits())
 
 
 def test_the_servers_card_is_what_the_folder_says(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -440,10 +444,10 @@ def test_the_servers_card_is_what_the_folder_says(folders: dict[str, Path], tmp_
     card = backend(one).card
     assert (card.two_experts, card.pixel_multiple) == (False, 16)
     with pytest.raises(ApiError, match="wan21 has no second expert; leave guidance_scale_2 out"):
-        job_parameters(VideoRequest(prompt="a cat", guidance_scale_2=3), None, card, limits)
+        job_parameters(_request(guidance_scale_2=3), None, card, limits)
     wan = backend(folders["ti2v"])
     assert (wan.card.two_experts, wan.card.pixel_multiple) == (False, 32)
     with pytest.raises(ApiError, match="multiples of 32; use 192 or 224"):
-        job_parameters(VideoRequest(prompt="a cat", size="208x208"), None, wan.card, limits)
+        job_parameters(_request(size="208x208"), None, wan.card, limits)
     with pytest.raises(ValueError, match=r"^num_frames 513 is above the 509"):
-        wan.check(job_parameters(VideoRequest(prompt="a cat", num_frames=513), None, wan.card, limits))
+        wan.check(job_parameters(_request(num_frames=513), None, wan.card, limits))
