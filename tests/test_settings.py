@@ -239,6 +239,13 @@ def test_what_a_folder_cannot_make_is_refused(
     assert re.search(text, _refused(capsys, monkeypatch, "--model", str(model), *size, *flags, "--output", output))
 
 
+@pytest.mark.parametrize("values", [{"transformer_2": [None, None]}, {"boundary_ratio": None}])
+def test_half_a_second_expert_is_refused(folders: dict[str, Path], values: dict[str, Any], tmp_path: Path) -> None:
+    model = _changed(folders["t2v"], tmp_path / "model", "model_index.json", **values)
+    with pytest.raises(ValueError, match="give a folder with both, or with neither"):
+        _found(model)
+
+
 @pytest.mark.parametrize("missing", ["vae/config.json", "transformer/config.json", "scheduler/scheduler_config.json"])
 def test_a_folder_without_a_configuration(
     folders: dict[str, Path],

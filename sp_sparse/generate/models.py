@@ -274,7 +274,12 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
 
     vae, transformer = (_part_config(arguments.model, part) for part in ("vae", "transformer"))
     patch = transformer.get("patch_size", (1, 2, 2))
-    has_second = index.get("boundary_ratio") is not None and (index.get("transformer_2") or [None])[0] is not None
+    has_second = (index.get("transformer_2") or [None])[0] is not None
+    if has_second != (index.get("boundary_ratio") is not None):
+        raise ValueError(
+            f"model_index.json of {arguments.model} has boundary_ratio {index.get('boundary_ratio')} and "
+            f"{'a' if has_second else 'no'} transformer_2; give a folder with both, or with neither"
+        )
     return WanModel(
         defaults=_TI2V if per_token else _A14B,
         takes_image=from_image,
