@@ -108,7 +108,7 @@ MUTATIONS = (
         "settings",
     ),
     Mutation(
-        "the report repeats the frames that were asked for",
+        "the report counts videos instead of steps",
         "generate/video.py",
         '"num_inference_steps": len(video.step_seconds[-1])',
         '"num_inference_steps": len(video.step_seconds)',
