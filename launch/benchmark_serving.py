@@ -29,6 +29,7 @@ import torch
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
 from launch.benchmarks.results import environment  # noqa: E402
+from sp_sparse.generate.arguments import RANDOM_A14B  # noqa: E402
 from sp_sparse.generate.files import decoded_pixels  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -90,7 +91,8 @@ def _model_flags(arguments: argparse.Namespace) -> list[str]:
         "--sparse-attn-topk",
         str(arguments.sparse_attn_topk),
     ]
-    return ["--model", arguments.model, "--layers", str(arguments.layers), *sparse]
+    layers = ["--layers", str(arguments.layers)] if arguments.model == RANDOM_A14B else []
+    return ["--model", arguments.model, *layers, *sparse]
 
 
 def _serve(arguments: argparse.Namespace, ranks: int, flags: list[str], folder: Path) -> list[Video]:

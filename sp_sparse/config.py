@@ -6,9 +6,10 @@ import argparse
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import Any
 
-from sp_sparse.flags import add_flags, option
+from sp_sparse.flags import add_flags, check_numbers, option
 from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
@@ -54,17 +55,23 @@ class SparseAttentionConfig:
         "none", "kernel: none (leave the model as it is), auto, a kernel's name, or package.module:Class"
     )
     topk: float = option(
-        0.3, "density: share of key blocks that each query block keeps, in (0, 1]; 1.0 is dense", float
+        0.3,
+        "density: share of key blocks that each query block keeps, in (0, 1]; 1.0 is dense",
+        float,
+        above=0,
+        at_most=1,
     )
-    topk_2: float | None = option(None, "topk of the second (low-noise) expert, if it differs", float)
+    topk_2: float | None = option(
+        None, "topk of the second (low-noise) expert, if it differs", float, above=0, at_most=1
+    )
     schedule: str = option("conservative", "density over layers and steps", choices=SCHEDULES)
     schedule_2: str | None = option(None, "schedule of the second expert, if it differs", choices=SCHEDULES)
     schedule_table: tuple[tuple[float, ...], ...] = option(
         (), "densities over the steps, such as 1,1,0.5,0.3, or a JSON list of one such list a layer", _table
     )
     schedule_table_2: tuple[tuple[float, ...], ...] = option((), "schedule table of the second expert", _table)
-    dense_steps: int = option(0, "first denoising steps that stay dense", int)
-    dense_layers: int = option(0, "first layers that stay dense", int)
+    dense_steps: int = option(0, "first denoising steps that stay dense", int, at_least=0)
+    dense_layers: int = option(0, "first layers that stay dense", int, at_least=0)
     selector: str = option(
         "topk",
         "topk (highest scores of mean queries and keys), window (only the blocks always kept), the name of another "
@@ -72,7 +79,7 @@ class SparseAttentionConfig:
     )
     keep_diagonal: bool = option(True, "always keep the key blocks at the query block's own place", _flag_bool)
     keep_first_frame: bool = option(False, "always keep the key blocks that hold tokens of the first frame", _flag_bool)
-    window: int = option(0, "key blocks always kept on either side of the diagonal", int)
+    window: int = option(0, "key blocks always kept on either side of the diagonal", int, at_least=0)
     block_size: tuple[int, int] = option(
         (128, 128), "tokens of a block, as 128 or as 128x64 (query x key)", _block_size
     )
@@ -84,18 +91,20 @@ class SparseAttentionConfig:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self, str)
         size = self.block_size
-        object.__setattr__(self, "block_size", (size, size) if isinstance(size, int) else tuple(size))
+        object.__setattr__(self, "block_size", tuple(size) if isinstance(size, (list, tuple)) else (size, size))
         object.__setattr__(self, "schedule_table", _rows(self.schedule_table))
         object.__setattr__(self, "schedule_table_2", _rows(self.schedule_table_2))
         for entry in fields(self):
             value, choices = getattr(self, entry.name), entry.metadata["choices"]
             if choices and value is not None and value not in choices:
                 raise ValueError(f"{entry.name}={value!r} is not known; use one of {', '.join(choices)}")
-        if len(self.block_size) != 2 or min(self.block_size) < 8 or max(self.block_size) > 256:
+            if entry.metadata["parse"] is _flag_bool and not isinstance(value, bool):
+                raise ValueError(f"{entry.name}={value!r} is neither True nor False; give one of them")
+        whole = all(isinstance(side, Integral) for side in self.block_size)
+        if not whole or len(self.block_size) != 2 or min(self.block_size) < 8 or max(self.block_size) > 256:
             raise ValueError(f"block_size {self.block_size}: each of (query, key) must be in [8, 256]; use (128, 128)")
-        if self.window < 0:
-            raise ValueError(f"window={self.window} is negative; use 0 to switch it off")
         if self.window and not self.keep_diagonal:
             raise ValueError(f"window={self.window} includes the diagonal; leave keep_diagonal on, or use window=0")
         for expert in (0, 1):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,9 +15,30 @@ from typing import Any, NoReturn
 Kinds = Mapping[str, type[Any]]
 
 
-def option(default: Any, text: str, parse: Any = str, choices: tuple[str, ...] = ()) -> Any:
-    """A field that is also a flag; `parse=bool` makes a switch."""
-    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices})
+# Of numbers that have no bound of their own: more would overflow where it is multiplied, timed or stored.
+_MOST = {int: 2**63 - 1, float: 1e9}
+
+
+def option(
+    default: Any,
+    text: str,
+    parse: Any = str,
+    choices: tuple[str, ...] = (),
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    many: bool = False,
+) -> Any:
+    """A field that is also a flag.
+
+    Args:
+        parse: reads a text; `bool` makes a switch.
+        at_least, above, at_most: bounds of a number, which `check_numbers` holds it to.
+        many: the flag may be given several times, and `parse` gives a sequence, to which the next is added.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most}
+    return field(default=default, metadata={"help": text, "parse": parse, "choices": choices, "many": many, **bounds})
 
 
 def same_option(kind: type[Any], name: str, **changed: Any) -> Any:
@@ -34,6 +57,44 @@ def flag_of(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_numbers(settings: Any, named: Callable[[str], str] = flag_of) -> None:
+    """Hold the options of a dataclass that are numbers to their bounds; None is left to the model.
+
+    Raises:
+        ValueError: a value that is no finite number, or one out of bounds, with what is allowed.
+    """
+    for entry in options_of(type(settings)):
+        value, kind = getattr(settings, entry.name), entry.metadata["parse"]
+        if kind not in _MOST or (value is None and entry.default is None):
+            continue
+        low, above = entry.metadata["at_least"], entry.metadata["above"]
+        most = _MOST[kind] if entry.metadata["at_most"] is None else entry.metadata["at_most"]
+        wrong = _wrong(value, kind, low, above, most)
+        if wrong:
+            what = "a whole number" if kind is int else "a number"
+            span = (
+                f"from {_told(-most if low is None else low)} to" if above is None else f"above {_told(above)}, at most"
+            )
+            raise ValueError(f"{named(entry.name)} {value!r} is {wrong}; give {what} {span} {_told(most)}")
+
+
+def _wrong(value: Any, kind: type[Any], low: float | None, above: float | None, most: float) -> str | None:
+    is_number = isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    if not is_number or not math.isfinite(value):
+        return "not a whole number" if kind is int else "not a finite number"
+    if above is not None and not above < value <= most:
+        return f"outside ({_told(above)}, {_told(most)}]"
+    if low is not None and value < low:
+        return f"below {_told(low)}"
+    if abs(value) > most:
+        return f"above {_told(most)}" if value > 0 else f"below {_told(-most)}"
+    return None
+
+
+def _told(bound: float) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"
+
+
 def add_flags(parser: argparse._ActionsContainer, kind: type[Any], prefix: str = "") -> None:
     """Add the flags of `kind`, `_` for `-` accepted; one that is not given stays absent from the namespace."""
     for entry in options_of(kind):
@@ -41,6 +102,8 @@ def add_flags(parser: argparse._ActionsContainer, kind: type[Any], prefix: str =
         how: dict[str, Any] = {"type": entry.metadata["parse"], "choices": entry.metadata["choices"] or None}
         if entry.metadata["parse"] is bool:
             how = {"action": "store_true"}
+        elif entry.metadata["many"]:
+            how["action"] = "extend"
         elif entry.default not in (None, "", ()):
             text = f"{text} (default: {entry.default})"
         how |= {"dest": name, "default": argparse.SUPPRESS}

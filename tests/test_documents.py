@@ -32,7 +32,9 @@ def test_every_flag_of_the_server_is_described() -> None:
     assert set(told) == {flag_of(option.name) for option in options_of(ServeArguments)}
     for option in options_of(ServeArguments):
         default, text = told[flag_of(option.name)]
-        assert default == ("–" if option.default is None else "off" if option.default is False else str(option.default))
+        assert default == (
+            "–" if option.default in (None, ()) else "off" if option.default is False else str(option.default)
+        )
         assert text.startswith(option.metadata["help"])
 
 

@@ -149,7 +149,9 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
     assert arguments.sparse.schedule_table == ((1.0, 0.5), (0.25,))
     assert (arguments.sparse.topk, arguments.sparse.keep_diagonal) == (0.2, False)
     same = tmp_path / "job.json"
-    same.write_text(json.dumps({"model": "tiny-i2v", "seed": 3, "sparse_attn_block_size": "32x16"}))
+    same.write_text(
+        json.dumps({"model": "tiny-i2v", "seed": 3, "sparse_attn_backend": "auto", "sparse_attn_block_size": "32x16"})
+    )
     assert parse_arguments(["--config", str(same)]).sparse.block_size == (32, 16)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -11,13 +12,23 @@ from typing import Any
 
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import FLAG_PREFIX
-from sp_sparse.flags import flag_of, option, options_of, parse_flags
+from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
 RANDOM_A14B = "a14b-random"
 
 # Token blocks of 128 would leave a tiny model with three of them.
 _TINY_BLOCK = (16, 16)
+
+# As a 64-bit generator takes them.
+_SEEDS = 2**64 - 1
+_LARGEST = 10_000_000
+
+
+def _sources(text: str) -> tuple[str, ...]:
+    """`a,b` or `["a", "b"]`."""
+    found = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
+    return tuple(str(source).strip() for source in found)
 
 
 @dataclass(frozen=True)
@@ -33,29 +44,52 @@ class GenerateArguments:
         "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random (full width, random weights); "
         "a folder; or a hub id",
     )
-    layers: int = option(4, f"layers of each expert of {RANDOM_A14B}; the real model has 40", int)
-    lora: str | None = option(None, "LoRA weights for the first (or only, or high-noise) expert")
-    lora_2: str | None = option(None, "LoRA weights for the second (low-noise) expert")
+    layers: int = option(
+        4, f"layers of each expert of {RANDOM_A14B}; the real model has 40", int, at_least=1, at_most=1000
+    )
+    lora: tuple[str, ...] = option(
+        (),
+        "LoRA weights for the first (or only, or high-noise) expert: a file, folder or hub id; several with commas or by "
+        "giving the flag again, all of them at weight 1",
+        _sources,
+        many=True,
+    )
+    lora_2: tuple[str, ...] = option((), "the same for the second (low-noise) expert", _sources, many=True)
     prompt: str = option("a cat walks on the grass", "what to show")
     prompt_file: str | None = option(None, "one prompt a line, one video each; instead of --prompt")
     negative_prompt: str = option("", "what to keep away from")
     image: str | None = option(None, "first frame, for image-to-video; a tiny or random model draws one if not given")
-    height: int | None = option(None, "pixels", int)
-    width: int | None = option(None, "pixels", int)
-    num_frames: int | None = option(None, "frames of the video, 4n + 1", int)
-    fps: int | None = option(None, "frames a second of the video", int)
-    num_inference_steps: int | None = option(None, "denoising steps", int)
-    seed: int = option(0, "the same on every rank", int)
-    guidance_scale: float | None = option(None, "classifier-free guidance; 1 switches it off", float)
-    guidance_scale_2: float | None = option(None, "guidance of the second expert", float)
-    flow_shift: float | None = option(None, "shift of the noise schedule", float)
+    height: int | None = option(
+        None,
+        "pixels, a multiple of 16 (TI2V: 32); with --image and without height or width, the picture's aspect at about the "
+        "model's number of pixels",
+        int,
+        at_least=1,
+        at_most=_LARGEST,
+    )
+    width: int | None = option(None, "pixels, likewise", int, at_least=1, at_most=_LARGEST)
+    num_frames: int | None = option(None, "frames of the video, 4n + 1", int, at_least=1, at_most=_LARGEST)
+    fps: int | None = option(None, "frames a second of the video, up to 120", int, at_least=1, at_most=120)
+    num_inference_steps: int | None = option(None, "denoising steps", int, at_least=1, at_most=_LARGEST)
+    seed: int = option(0, "the same on every rank", int, at_least=0, at_most=_SEEDS)
+    guidance_scale: float | None = option(
+        None, "classifier-free guidance, 1 to 100; 1 switches it off", float, at_least=1, at_most=100
+    )
+    guidance_scale_2: float | None = option(
+        None, "guidance of the second expert, 0 to 100", float, at_least=0, at_most=100
+    )
+    flow_shift: float | None = option(
+        None, "shift of the noise schedule, above 0, up to 100", float, above=0, at_most=100
+    )
     output: str | None = option(None, "video, .mp4 (default: outputs/<model>_u<U>_r<R>_<topk>_<seed>.mp4)")
     output_latents: str | None = option(None, "final latents too, .pt")
     output_frames: str | None = option(None, "frames too, as they are before the video codec, .pt")
     report: str | None = option(None, "what ran, .json (default: beside the video)")
-    ulysses_degree: int = option(1, "ranks that split the heads", int)
-    ring_degree: int = option(1, "ranks that pass keys and values around", int)
-    cfg_parallel_degree: int = option(1, "2 runs the two guidance branches on two halves of the ranks", int)
+    ulysses_degree: int = option(1, "ranks that split the heads", int, at_least=1, at_most=_LARGEST)
+    ring_degree: int = option(1, "ranks that pass keys and values around", int, at_least=1, at_most=_LARGEST)
+    cfg_parallel_degree: int = option(
+        1, "2 runs the two guidance branches on two halves of the ranks", int, at_least=1, at_most=2
+    )
     compile: bool = option(False, "torch.compile the transformer blocks", bool)
     dtype: str = option(
         "auto",
@@ -63,7 +97,9 @@ class GenerateArguments:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
-    timeout_s: float = option(900.0, "seconds that a rank waits for the others before it gives up", float)
+    timeout_s: float = option(
+        900.0, "seconds that a rank waits for the others before it gives up", float, above=0, at_most=1_000_000
+    )
     verify: str = option(
         "none",
         "generate again from the same seed and compare: single (sparse, each rank alone), dense (the model's own "
@@ -71,14 +107,16 @@ class GenerateArguments:
         choices=("none", "single", "dense"),
     )
     verify_tolerance: float | None = option(
-        None, "exit with 1 if the relative RMS difference of the latents exceeds this", float
+        None, "exit with 1 if the relative RMS difference of the latents exceeds this", float, at_least=0
     )
-    repeat: int = option(1, "denoise each video so many times, to measure", int)
+    repeat: int = option(1, "denoise each video so many times, to measure", int, at_least=1, at_most=_LARGEST)
     debug: bool = option(False, "show the traceback of an error", bool)
     sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        object.__setattr__(self, "lora", tuple(self.lora))
+        object.__setattr__(self, "lora_2", tuple(self.lora_2))
+        check_numbers(self)
         self._check_combinations()
         for name, suffix in (
             ("output", ".mp4"),
@@ -90,17 +128,11 @@ class GenerateArguments:
             if value is not None and Path(value).suffix != suffix:
                 raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
 
-    def _check_numbers(self) -> None:
-        for entry in options_of(type(self)):
-            value = getattr(self, entry.name)
-            if entry.metadata["parse"] is int and entry.name != "seed" and value is not None and value < 1:
-                raise ValueError(f"{flag_of(entry.name)} {value} is below 1; give 1 or more")
-        if self.timeout_s <= 0:
-            raise ValueError(f"--timeout-s {self.timeout_s} is not above 0; give the seconds to wait for other ranks")
-        if self.cfg_parallel_degree > 2:
-            raise ValueError(f"--cfg-parallel-degree {self.cfg_parallel_degree}: guidance has 2 branches; use 1 or 2")
-
     def _check_combinations(self) -> None:
+        if self.layers != type(self).layers and self.model != RANDOM_A14B:
+            raise ValueError(
+                f"--layers {self.layers} is for {RANDOM_A14B}, and the model is {self.model}; leave it out"
+            )
         guided = self.guidance_scale is None or self.guidance_scale > 1
         if self.cfg_parallel_degree > 1 and not guided:
             raise ValueError(
@@ -172,6 +204,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
 
 def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:
     """What the `--sparse-attn-…` flags say, for the model that is asked for."""
+    names = [name for name in given if name.startswith(FLAG_PREFIX)]
+    if names and FLAG_PREFIX + "backend" not in names:
+        raise ValueError(
+            f"{flag_of(names[0])} is given, but attention is dense without a backend; add --sparse-attn-backend auto, or "
+            "none to keep it dense"
+        )
     if given.get("model", "tiny") in TINY_MODELS:
         given = {"sparse_attn_block_size": _TINY_BLOCK, **given}
     return SparseAttentionConfig.from_flags(argparse.Namespace(**given))

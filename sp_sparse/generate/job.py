@@ -9,7 +9,16 @@ from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
 from sp_sparse.generate.files import check_writable
-from sp_sparse.generate.models import WanModel, check_image, fill_defaults, find_model, load_pipeline
+from sp_sparse.generate.lora import check_lora
+from sp_sparse.generate.models import (
+    WanModel,
+    check_image,
+    check_second_expert,
+    check_video,
+    fill_defaults,
+    find_model,
+    load_pipeline,
+)
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
 from sp_sparse.generate.stages import Stages
@@ -25,8 +34,8 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
         0, or 1 if `--verify` found a difference above `--verify-tolerance`.
     """
     ranks.check_same(arguments)
-    model = ranks.together(lambda: _check(arguments, ranks))
-    arguments = fill_defaults(arguments, model)
+    asked = arguments
+    arguments, model = ranks.together(lambda: _check(asked, ranks))
 
     stages, recorder = Stages(ranks), AttentionRecorder()
     with stages.measure("load"):
@@ -35,6 +44,11 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
     with stages.measure("encode"):
         prompts = encode_prompts(pipe, arguments, ranks.device)
     maker = VideoMaker(pipe, arguments, ranks, first_frame(arguments) if model.takes_image else None)
+    if (image := maker.image_told()) is not None:
+        ranks.say(
+            f"image: {image['width']}x{image['height']} fills {arguments.width}x{arguments.height}; "
+            f"{image['cropped_share']:.1%} of it is cropped"
+        )
     mesh, handle = ranks.together(lambda: _prepare(pipe, arguments, recorder))
 
     videos, told = [], []
@@ -56,15 +70,19 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
     return 0 if verified is None or verified["passed"] else 1
 
 
-def _check(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
-    """Refuse what can be refused before weights are read."""
+def _check(arguments: GenerateArguments, ranks: Ranks) -> tuple[GenerateArguments, WanModel]:
+    """Refuse what can be refused before weights are read; the arguments with the model's own values for what is open."""
     check_ranks(arguments, ranks)
     model = find_model(arguments, ranks.device)
     check_image(arguments, model)
+    check_second_expert(arguments, model)
+    check_lora(arguments)
+    arguments = fill_defaults(arguments, model)
+    check_video(arguments, model)
     if ranks.first:
         for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
             check_writable(path)
-    return model
+    return arguments, model
 
 
 def _prepare(

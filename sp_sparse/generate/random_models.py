@@ -12,13 +12,16 @@ import torch
 # Random weights give near-uniform attention, under which a wrong block hardly shows.
 _NORM_SCALE = 2.0
 
+# Places for patches along each side, and for latent frames.
+TINY_POSITIONS = 128
+
 _TINY: dict[str, Any] = {
     "attention_head_dim": 16,
     "text_dim": 32,
     "freq_dim": 64,
     "ffn_dim": 64,
     "num_layers": 2,
-    "rope_max_seq_len": 128,
+    "rope_max_seq_len": TINY_POSITIONS,
 }
 
 # The published T2V-A14B transformers, but for the number of layers.

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.models import shift_of
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.stages import Stages, StepClock
 
@@ -54,7 +55,11 @@ def denoise(
     pipe: Any, arguments: GenerateArguments, prompt: EncodedPrompt, clock: StepClock, image: Any | None
 ) -> Tensor:
     """The final latents `[1, C, T, H, W]`."""
-    inputs: dict[str, Any] = {} if image is None else {"image": image}
+    inputs: dict[str, Any] = {}
+    if image is not None:
+        assert arguments.height is not None  # filled
+        assert arguments.width is not None
+        inputs["image"] = fill_frame(image, arguments.height, arguments.width)
     # A pipeline without a second expert refuses its guidance scale.
     if arguments.guidance_scale_2 is not None:
         inputs["guidance_scale_2"] = arguments.guidance_scale_2
@@ -118,15 +123,28 @@ def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
 
 def first_frame(arguments: GenerateArguments) -> Any:
     """The image that the video starts from; where none is given, a drawn one."""
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     if arguments.image is not None:
         with Image.open(arguments.image) as image:
-            return image.convert("RGB")
+            return ImageOps.exif_transpose(image).convert("RGB")
     height, width = arguments.height or 1, arguments.width or 1
     rows, columns = np.mgrid[0:height, 0:width]
     channels = (rows * 255 // height, columns * 255 // width, (rows // 16 + columns // 16) % 2 * 255)
     return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
+
+
+def fill_frame(image: Any, height: int, width: int) -> Any:
+    """The picture scaled until it fills the frame, and cropped equally on two sides: stretching would distort it."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
+
+
+def cropped_share(picture: tuple[int, int], height: int, width: int) -> float:
+    """The share of a picture of this width and height that `fill_frame` crops."""
+    wide = picture[0] * height / (picture[1] * width)
+    return 1.0 - min(wide, 1.0 / wide)
 
 
 @dataclass(frozen=True)
@@ -175,19 +193,55 @@ class VideoMaker:
                 frames = decode(self.pipe, latents, bar.update)
         return Video(prompt, latents.cpu(), frames, tuple(seconds))
 
+    @property
+    def _fps(self) -> int:
+        assert self.arguments.fps is not None  # filled
+        return self.arguments.fps
+
+    def _made(self, video: Video, frames: Tensor) -> dict[str, Any]:
+        """What was made, from the frames, the steps and the pipeline that made them."""
+        arguments, pipe = self.arguments, self.pipe
+        two_experts = pipe.config.boundary_ratio is not None
+        second = arguments.guidance_scale if arguments.guidance_scale_2 is None else arguments.guidance_scale_2
+        return {
+            "height": frames.shape[1],
+            "width": frames.shape[2],
+            "num_frames": frames.shape[0],
+            "fps": self._fps,
+            "num_inference_steps": len(video.step_seconds[-1]),
+            "guidance_scale": arguments.guidance_scale,
+            "guidance_scale_2": second if two_experts else None,
+            "seed": arguments.seed,
+            "flow_shift": shift_of(pipe.scheduler),
+            "image": self.image_told(),
+        }
+
+    def image_told(self) -> dict[str, Any] | None:
+        """The picture that the video starts from, and how much of it was cropped; None without one of the user's."""
+        arguments = self.arguments
+        if self.image is None or arguments.image is None:
+            return None
+        assert arguments.height is not None  # filled
+        assert arguments.width is not None
+        width, height = self.image.size
+        cropped = cropped_share((width, height), arguments.height, arguments.width)
+        return {"path": arguments.image, "width": width, "height": height, "cropped_share": cropped}
+
     def save(self, video: Video, number: int, stages: Stages) -> dict[str, Any]:
         """Write the video of this number on rank 0, and tell the report about it."""
         arguments, count = self.arguments, len(self.arguments.prompts)
         path = numbered(arguments.output_path(), number, count)
         told: dict[str, Any] = {"prompt": video.prompt.text, "output": str(path), "latents_finite": video.finite}
         told["step_seconds"] = video.step_seconds
+        if video.frames is not None:
+            told["made"] = self._made(video, video.frames)
         if not video.finite:
             self.ranks.say(f"warning: the latents of {path} are not finite; try --dtype float32")
         tensors = {"output_latents": video.latents, "output_frames": video.frames}
         tensor_paths = {name: numbered(p, number, count) for name, p in arguments.tensor_paths().items()}
         if video.frames is not None:
             with stages.measure("save"):
-                save_video(video.frames, path, arguments.fps or 16)
+                save_video(video.frames, path, self._fps)
                 for name, tensor_path in tensor_paths.items():
                     with whole_file(tensor_path) as temporary:
                         torch.save(tensors[name], temporary)

@@ -10,7 +10,7 @@ from typing import Any
 
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import FLAG_PREFIX
-from sp_sparse.flags import flag_of, option, options_of, parse_flags, same_option
+from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags, same_option
 from sp_sparse.generate.arguments import GenerateArguments, sparse_config
 from sp_sparse.serve.limits import Limits
 
@@ -32,8 +32,8 @@ class ServeArguments:
 
     model: str = _shared("model")
     layers: int = _shared("layers")
-    lora: str | None = _shared("lora")
-    lora_2: str | None = _shared("lora_2")
+    lora: tuple[str, ...] = _shared("lora")
+    lora_2: tuple[str, ...] = _shared("lora_2")
     flow_shift: float | None = _shared("flow_shift")
     dtype: str = _shared("dtype")
     device: str = _shared("device")
@@ -77,6 +77,7 @@ class ServeArguments:
     sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
         for name in ("timeout_s", "keep_hours", "keep_gb", "max_body_mb", "max_tries"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag_of(name)} {getattr(self, name)} is not above 0; give more")

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import secrets
+from collections.abc import Callable
+from functools import partial
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from sp_sparse.generate.fits import check_frames, check_guidance, check_side, size_for_picture
 from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.backend import IMAGE_NEVER, IMAGE_REQUIRED, JobParameters, ModelCard
 from sp_sparse.serve.limits import Limits
@@ -43,7 +47,9 @@ class VideoRequest(BaseModel):
         description="Length; rounded to a number of frames the model can make.",
     )
     size: str | None = Field(
-        None, pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$", description="Width x height in pixels."
+        None,
+        pattern=r"^[1-9][0-9]{0,4}x[1-9][0-9]{0,4}$",
+        description="Width x height in pixels; if left out, a first frame's aspect holds.",
     )
     width: Count | None = Field(None, description="Pixels; instead of `size`.")
     height: Count | None = Field(None, description="Pixels; instead of `size`.")
@@ -51,7 +57,7 @@ class VideoRequest(BaseModel):
     fps: int | None = Field(None, ge=1, le=120, description="Frames a second.")
     num_inference_steps: Count | None = Field(None, description="Denoising steps.")
     seed: int | None = Field(None, ge=0, le=_SEEDS, description="Of the noise; drawn and told if left out.")
-    guidance_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 switches it off.")
+    guidance_scale: Guidance | None = Field(None, ge=1, description="Classifier-free guidance; 1 switches it off.")
     guidance_scale_2: Guidance | None = Field(None, description="Guidance of the second (low-noise) expert.")
     flow_shift: float | None = Field(
         None, gt=0, le=100, allow_inf_nan=False, description="Shift of the noise schedule."
@@ -92,14 +98,17 @@ def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, 
     """
     if request.model not in (None, card.name):
         raise ApiError(404, f"model {request.model!r} is not here; this server has {card.name!r}", "model_not_found")
-    width, height = _size(request, card)
+    width, height = _size(request, image, card)
     fps = request.fps or card.fps
     frames = _frames(request, card, fps)
     steps = request.num_inference_steps or card.num_inference_steps
     _check_limits(request, limits, width, height, frames, steps)
     _check_image(image, card)
-    if request.guidance_scale_2 is not None and not card.two_experts:
-        raise invalid(f"{card.name} has no second expert; leave guidance_scale_2 out", "guidance_scale_2")
+    experts = 2 if card.two_experts else 1
+    _refusing(
+        "guidance_scale_2",
+        lambda: check_guidance(request.guidance_scale, request.guidance_scale_2, experts, card.name, str),
+    )
     _check_sparse(request, card)
     return JobParameters(
         prompt=request.prompt,
@@ -120,17 +129,29 @@ def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, 
     )
 
 
-def _size(request: VideoRequest, card: ModelCard) -> tuple[int, int]:
+def _refusing(param: str, check: Callable[[], None]) -> None:
+    """Tell the client what a check of `generate` refuses."""
+    try:
+        check()
+    except ValueError as error:
+        raise invalid(str(error), param) from error
+
+
+def _size(request: VideoRequest, image: bytes | None, card: ModelCard) -> tuple[int, int]:
     width, height = request.width, request.height
     if request.size is not None:
         if width is not None or height is not None:
             raise invalid("size and width or height are both given; use one", "size")
         width, height = map(int, request.size.split("x"))
-    width, height = width or card.width, height or card.height
     unit = card.pixel_multiple
-    if width % unit or height % unit:
-        nearest = f"{max(1, round(width / unit)) * unit}x{max(1, round(height / unit)) * unit}"
-        raise invalid(f"{width}x{height}: both sides must be multiples of {unit}; use {nearest}", "size")
+    if image is not None and (width is None or height is None):
+        from PIL import Image
+
+        with Image.open(io.BytesIO(image)) as picture:
+            height, width = size_for_picture(picture.size, height, width, card.height * card.width, unit)
+    width, height = width or card.width, height or card.height
+    for name, pixels in (("width", width), ("height", height)):
+        _refusing("size", partial(check_side, name, pixels, unit, str))
     return width, height
 
 
@@ -139,9 +160,7 @@ def _frames(request: VideoRequest, card: ModelCard, fps: int) -> int:
     if request.num_frames is not None:
         if request.seconds is not None:
             raise invalid("num_frames and seconds are both given; use one", "num_frames")
-        if request.num_frames % unit != 1:
-            nearest = round((request.num_frames - 1) / unit) * unit + 1
-            raise invalid(f"num_frames {request.num_frames} is not {unit}n + 1; use {nearest}", "num_frames")
+        _refusing("num_frames", partial(check_frames, request.num_frames, unit, str))
         return request.num_frames
     return card.num_frames if request.seconds is None else round(request.seconds * fps / unit) * unit + 1
 

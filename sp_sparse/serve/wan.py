@@ -17,7 +17,16 @@ from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionCo
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
 from sp_sparse.generate.files import save_video
-from sp_sparse.generate.models import VideoDefaults, WanModel, fill_defaults, find_model, fresh_scheduler, load_pipeline
+from sp_sparse.generate.lora import check_lora
+from sp_sparse.generate.models import (
+    WanModel,
+    check_second_expert,
+    check_video,
+    fill_defaults,
+    find_model,
+    fresh_scheduler,
+    load_pipeline,
+)
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
@@ -32,9 +41,6 @@ from sp_sparse.serve.backend import (
     Measured,
     ModelCard,
 )
-
-# Of the VAE and the patches; TI2V's VAE shrinks twice as much.
-_PIXELS, _PIXELS_TI2V, _FRAMES = 16, 32, 4
 
 
 @dataclass(frozen=True)
@@ -58,6 +64,9 @@ class WanBackend:
         self._base, self._ranks, self._offload = arguments.base(), ranks, arguments.offload_text_encoder
         check_ranks(self._base, ranks)
         self._model = find_model(self._base, ranks.device)
+        check_second_expert(self._base, self._model)
+        check_lora(self._base)
+        check_video(fill_defaults(self._base, self._model), self._model)
         self._card = _card(arguments, self._model)
         self._recorder = AttentionRecorder()
         self._pipe: Any = None
@@ -72,7 +81,7 @@ class WanBackend:
 
     def check(self, job: JobParameters) -> None:
         """Everything that the ranks would refuse later."""
-        self._arguments(job)
+        check_video(self._arguments(job), self._model, named=str)
 
     def warm_up_job(self, steps: int) -> JobParameters:
         """A video as the model makes it if nothing is asked, in few steps."""
@@ -238,18 +247,17 @@ class _TellingClock(StepClock):
 
 
 def _card(arguments: ServeArguments, model: WanModel) -> ModelCard:
-    defaults: VideoDefaults = model.defaults
     image = IMAGE_OPTIONAL if model.may_take_image else IMAGE_NEVER
     if model.takes_image and not model.draws_image:
         image = IMAGE_REQUIRED
-    sparse, two_experts = arguments.sparse, not (model.may_take_image and not model.takes_image)
+    sparse = arguments.sparse
     return ModelCard(
         name=arguments.model_name,
-        **vars(defaults),
-        pixel_multiple=_PIXELS if two_experts else _PIXELS_TI2V,
-        frame_multiple=_FRAMES,
+        **vars(model.defaults),
+        pixel_multiple=model.spatial_multiple,
+        frame_multiple=model.temporal_multiple,
         image=image,
-        two_experts=two_experts,
+        two_experts=model.experts > 1,
         sparse_backend=sparse.backend,
         sparse_topk=sparse.topk,
         sparse_schedule=sparse.schedule,

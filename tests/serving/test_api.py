@@ -200,7 +200,7 @@ def test_a_failing_job_fails_alone(server: LocalServer, kind: str, code: str, te
         ({"size": "64"}, "size"),
         ({"size": "0x64"}, "size"),
         ({"size": "64x64", "width": 64}, "both given"),
-        ({"width": 72}, "multiples of 16; use 64x64"),
+        ({"width": 72}, "multiples of 16; use 64 or 80"),
         ({"width": 20000, "height": 20000}, "above this server's limit"),
         ({"num_frames": 6}, "use 5"),
         ({"num_frames": 5, "seconds": "4"}, "both given"),

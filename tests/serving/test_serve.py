@@ -123,8 +123,8 @@ def test_a_queued_job_is_deleted_at_once(server: RankServer) -> None:
 
 def test_what_ranks_would_refuse_is_refused_before_they_see_it(server: RankServer) -> None:
     for fields, text in (
-        ({"size": "130x128"}, "multiples of 16; use 128x128"),
-        ({"num_frames": 16}, "not 4n + 1; use 17"),
+        ({"size": "130x128"}, "multiples of 16; use 128 or 144"),
+        ({"num_frames": 16}, "frames are 4n + 1; use 13 or 17"),
         ({"seed": -1}, "seed"),
         ({"sparse_attn_topk": 0}, "sparse_attn_topk"),
         ({"sparse_attn_backend": "nonesuch"}, "is not this server's"),
