@@ -26,7 +26,7 @@ from sp_sparse.serve.answers import (
     not_found,
 )
 from sp_sparse.serve.body import read_request, request_body
-from sp_sparse.serve.guard import Guard, body_is_done
+from sp_sparse.serve.guard import Guard, body_is_done, hold_body
 from sp_sparse.serve.images import image_from_url, stored_image
 from sp_sparse.serve.info import add_server_routes, describe
 from sp_sparse.serve.jobs import COMPLETED, FAILED, Job
@@ -106,6 +106,7 @@ async def _create(service: Service, request: Request) -> Job:
     if url is not None:
         if data is not None:
             raise invalid("the first frame is given as a file and as an address; give one", "input_reference")
+        hold_body(request.scope, service.limits.body_bytes)
         data = await image_from_url(url, service.limits)
 
     parameters = job_parameters(asked, data, service.backend.card, service.limits)

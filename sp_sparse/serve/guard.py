@@ -179,6 +179,16 @@ class _Body:
         self._bytes = 0
 
 
+def hold_body(scope: Scope, bytes_: int) -> None:
+    """Count a request with so many bytes at least.
+
+    Raises:
+        ApiError: there is no room for them.
+    """
+    body: _Body = scope[_BODY]
+    body.hold(bytes_)
+
+
 def body_is_done(scope: Scope) -> None:
     """The body of a request is not in memory any more, though it is still being answered."""
     body: _Body = scope[_BODY]

@@ -135,6 +135,8 @@ class JobStore:
     def _open(self, database: Path) -> None:
         """Look whose the database is before anything is written."""
         folder = self.folder
+        # The folder is locked: without shared memory, which is a file, there is a start on a full disk.
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
         try:
             names = {name for (name,) in self._db.execute("SELECT name FROM sqlite_master").fetchall()}
             columns = {row[1] for row in self._db.execute("PRAGMA table_info(jobs)").fetchall()}
