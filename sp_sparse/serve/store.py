@@ -159,14 +159,13 @@ class JobStore:
             )
         if version > _VERSION:
             raise ValueError(f"{folder} has format {version}, but this server reads up to {_VERSION}; update sp_sparse")
-        self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        is_new = (application, version) != (_APPLICATION, _VERSION)
+        if is_new:
+            self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")
-        self._db.executescript(_SCHEMA)
-        if (application, version) != (
-            _APPLICATION,
-            _VERSION,
-        ):  # else nothing is written, for which a full disk has no room
+        if is_new:  # else nothing is written, for which a full disk has no room
+            self._db.executescript(_SCHEMA)
             self._db.execute(f"PRAGMA application_id = {_APPLICATION}")
             self._db.execute(f"PRAGMA user_version = {_VERSION}")
 
@@ -219,7 +218,7 @@ class JobStore:
     def _shrink(self) -> None:
         """Give back the room of pictures that are not needed any more; nothing depends on it."""
         with self._lock, suppress(sqlite3.Error):
-            self._db.execute("PRAGMA incremental_vacuum").fetchall()
+            self._db.executescript("PRAGMA incremental_vacuum")  # `execute` would free one page
             self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
 
     def video_path(self, job_id: str) -> Path:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     JobStore(tmp_path).close()
-    with sqlite3.connect(tmp_path / "jobs.sqlite3") as db:
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(ValueError, match="has format 99, but this server reads up to 1; update"):
         JobStore(tmp_path)
@@ -214,7 +215,7 @@ def _tree(folder: Path) -> dict[str, bytes | None]:
 
 
 def _foreign_database(folder: Path) -> None:
-    with sqlite3.connect(folder / "jobs.sqlite3") as db:
+    with closing(sqlite3.connect(folder / "jobs.sqlite3", isolation_level=None)) as db:
         db.execute("CREATE TABLE jobs (id TEXT, salary REAL)")
 
 
