@@ -408,23 +408,27 @@ def test_bodies_at_once(tmp_path: Path) -> None:
     """What is announced counts, and what comes without being announced; what has gone counts no more."""
     with LocalServer(tmp_path, body_bytes=1000, bodies_bytes=1500) as server:
         start = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
-        with socket.create_connection(("127.0.0.1", server.port)) as held:
-            held.sendall(start + b"Content-Length: 900\r\n\r\n{")
+        held: list[socket.socket] = []
 
-            def refused() -> httpx.Response | None:
-                answer = server.http.post("/v1/videos", json={"prompt": "x" * 700})
-                return answer if answer.status_code == 429 else None
+        def refused() -> httpx.Response | None:
+            # One more each time, for one that comes while another request is being read may itself be refused.
+            held.append(socket.create_connection(("127.0.0.1", server.port)))
+            held[-1].sendall(start + b"Content-Length: 900\r\n\r\n{")
+            answer = server.http.post("/v1/videos", json={"prompt": "x" * 700})
+            return answer if answer.status_code == 429 else None
 
-            answer = wait_for(refused)
-            _refused(answer, 429, "too_many_bytes", "1500 at most")
-            assert answer.headers["Retry-After"] == "1"
+        answer = wait_for(refused)
+        _refused(answer, 429, "too_many_bytes", "1500 at most")
+        assert answer.headers["Retry-After"] == "1"
 
-            def pieces() -> Iterator[bytes]:
-                yield from [b"x" * 100] * 8
+        def pieces() -> Iterator[bytes]:
+            yield from [b"x" * 100] * 8
 
-            kind = {"Content-Type": "application/json"}
-            _refused(server.http.post("/v1/videos", content=pieces(), headers=kind), 429, "too_many_bytes")
-            assert server.completed()["status"] == "completed"  # a small one has room
+        kind = {"Content-Type": "application/json"}
+        _refused(server.http.post("/v1/videos", content=pieces(), headers=kind), 429, "too_many_bytes")
+        assert server.completed()["status"] == "completed"  # a small one has room
+        for connection in held:
+            connection.close()
         wait_for(lambda: server.http.post("/v1/videos", json={"prompt": "x" * 700}).status_code == 200)
 
 
