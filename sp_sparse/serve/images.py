@@ -14,7 +14,11 @@ import math
 import re
 import socket
 import warnings
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -22,7 +26,13 @@ import httpx
 from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.limits import Limits
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _REDIRECTS = 3
+
+# Of EXIF: the tag, and its values for a camera that was held aside.
+_ORIENTATION, _ASIDE = 0x0112, (5, 6, 7, 8)
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,", re.IGNORECASE)
@@ -60,35 +70,52 @@ async def image_from_url(url: str, limits: Limits) -> bytes:
     raise invalid(text + (", or http(s)" if limits.image_urls else "; this server fetches nothing"), "input_reference")
 
 
-async def stored_image(data: bytes, limits: Limits, width: int, height: int) -> bytes:
-    """`checked_image` in a thread, of which there are few: others wait without holding anyone up."""
-    return await asyncio.get_running_loop().run_in_executor(_DECODERS, checked_image, data, limits, width, height)
+async def in_decoder(action: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Do something with an image in a thread, of which there are few: others wait without holding anyone up."""
+    return await asyncio.get_running_loop().run_in_executor(_DECODERS, partial(action, *arguments, **named))
 
 
-def checked_image(data: bytes, limits: Limits, width: int, height: int) -> bytes:
+def image_size(data: bytes, limits: Limits) -> tuple[int, int]:
+    """Width and height of the upright image, whose pixels are not looked at.
+
+    Raises:
+        ApiError: not an image of these formats, or too large.
+    """
+    with _opened(data) as image:
+        width, height = image.size
+        if width * height > limits.image_pixels:
+            text = f"the image has {width}x{height} pixels; use {limits.image_pixels} in all at most"
+            raise ApiError(413, text, "image_too_large", "input_reference")
+        return (height, width) if image.getexif().get(_ORIENTATION) in _ASIDE else (width, height)
+
+
+def stored_image(data: bytes, width: int, height: int) -> bytes:
     """The image upright as 8-bit RGB PNG, no larger than a video of `width` x `height` needs.
 
     Raises:
-        ApiError: not an image of these formats, broken, or too large.
+        ApiError: broken.
     """
     from PIL import Image, ImageOps
 
+    with _opened(data) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        size = _needed_size(upright.size, (width, height))
+        if size != upright.size:
+            upright = upright.resize(size, Image.Resampling.LANCZOS)
+        out = io.BytesIO()
+        upright.save(out, "PNG", compress_level=1)
+        return out.getvalue()
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
+    from PIL import Image
+
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked here
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `image_size` looks at the size
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                if image.width * image.height > limits.image_pixels:
-                    text = (
-                        f"the image has {image.width}x{image.height} pixels; use {limits.image_pixels} in all at most"
-                    )
-                    raise ApiError(413, text, "image_too_large", "input_reference")
-                upright = ImageOps.exif_transpose(image).convert("RGB")
-            size = _needed_size(upright.size, (width, height))
-            if size != upright.size:
-                upright = upright.resize(size, Image.Resampling.LANCZOS)
-            out = io.BytesIO()
-            upright.save(out, "PNG", compress_level=1)
-            return out.getvalue()
+                yield image
     except ApiError:
         raise
     except Exception as error:  # a decoder may raise anything on broken input

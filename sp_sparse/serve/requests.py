@@ -84,8 +84,11 @@ class VideoRequest(BaseModel):
         return None if reference is None else reference.image_url
 
 
-def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, limits: Limits) -> JobParameters:
-    """The job of a request, with the model's values for what it leaves open.
+def job_parameters(
+    request: VideoRequest, picture: tuple[int, int] | None, card: ModelCard, limits: Limits
+) -> JobParameters:
+    """The job of a request, with the model's values for what it leaves open; without its image, of which `picture` is the
+    width and height.
 
     Raises:
         ApiError: something that this model cannot make, or more than the limits allow.
@@ -97,7 +100,7 @@ def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, 
     frames = _frames(request, card, fps)
     steps = request.num_inference_steps or card.num_inference_steps
     _check_limits(request, limits, width, height, frames, steps)
-    _check_image(image, card)
+    _check_image(picture, card)
     if request.guidance_scale_2 is not None and not card.two_experts:
         raise invalid(f"{card.name} has no second expert; leave guidance_scale_2 out", "guidance_scale_2")
     _check_sparse(request, card)
@@ -116,7 +119,6 @@ def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, 
         sparse_backend=request.sparse_attn_backend,
         sparse_topk=request.sparse_attn_topk,
         sparse_schedule=request.sparse_attn_schedule,
-        image=image,
     )
 
 
@@ -167,10 +169,10 @@ def _check_limits(request: VideoRequest, limits: Limits, width: int, height: int
         )
 
 
-def _check_image(image: bytes | None, card: ModelCard) -> None:
-    if image is None and card.image == IMAGE_REQUIRED:
+def _check_image(picture: tuple[int, int] | None, card: ModelCard) -> None:
+    if picture is None and card.image == IMAGE_REQUIRED:
         raise invalid(f"{card.name} makes videos from an image; give it as input_reference", "input_reference")
-    if image is not None and card.image == IMAGE_NEVER:
+    if picture is not None and card.image == IMAGE_NEVER:
         raise invalid(f"{card.name} makes videos from text alone; leave input_reference out", "input_reference")
 
 

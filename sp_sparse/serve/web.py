@@ -37,7 +37,7 @@ def check_uvicorn() -> None:
     Raises:
         ValueError: with what is missing.
     """
-    missing = [f"H11Protocol.{name}" for name in _METHODS if not callable(getattr(H11Protocol, name, None))]
+    missing = [f"H11Protocol.{name}" for name in _METHODS if name not in vars(H11Protocol)]
     for kind, names in _KEPT:
         kept = kind.__init__.__code__.co_names
         missing += [f"{kind.__name__}.{name}" for name in names if name not in kept]

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sp_sparse.serve import images
 from sp_sparse.serve.answers import ApiError
-from sp_sparse.serve.images import checked_image, fetch, image_from_url, is_public
+from sp_sparse.serve.images import fetch, image_from_url, image_size, is_public, stored_image
 from sp_sparse.serve.limits import Limits
 
 
@@ -28,13 +28,18 @@ def _encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (20, 10)) -> 
     return out.getvalue()
 
 
+def _checked(data: bytes, width: int = 64, height: int = 64) -> bytes:
+    image_size(data, Limits())
+    return stored_image(data, width, height)
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "L"), ("JPEG", "RGB"), ("WEBP", "RGB"), ("PNG", "P")]
 )
 def test_images_become_png(kind: str, mode: str) -> None:
     data = _encoded(kind, mode)
     with (
-        Image.open(io.BytesIO(checked_image(data, Limits(), 64, 64))) as image,
+        Image.open(io.BytesIO(_checked(data))) as image,
         Image.open(io.BytesIO(data)) as original,
     ):
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (20, 10))
@@ -42,7 +47,7 @@ def test_images_become_png(kind: str, mode: str) -> None:
 
 
 def _decoded(data: bytes, width: int, height: int) -> Image.Image:
-    with Image.open(io.BytesIO(checked_image(data, Limits(), width, height))) as image:
+    with Image.open(io.BytesIO(_checked(data, width, height))) as image:
         return image.copy()
 
 
@@ -59,7 +64,7 @@ def test_pictures_stand_upright(kind: str, quality: int, orientation: int) -> No
     out = io.BytesIO()
     held.save(out, kind, exif=exif, **({"quality": quality} if quality else {}))
     image = _decoded(out.getvalue(), 64, 64)
-    assert image.size == (40, 24)
+    assert image.size == image_size(out.getvalue(), Limits()) == (40, 24)
     brightest = {(x, y): image.getpixel((x, y))[0] > 128 for x in (5, 35) for y in (4, 20)}  # type: ignore[index]
     assert brightest == {(5, 4): True, (5, 20): False, (35, 4): False, (35, 20): False}
 
@@ -97,7 +102,7 @@ def test_pictures_are_no_larger_than_their_video_needs(
 )
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ApiError, match="broken, or none of PNG, JPEG, WEBP") as error:
-        checked_image(data, Limits(), 64, 64)
+        _checked(data)
     assert error.value.status == 400
 
 
