@@ -527,8 +527,8 @@ MUTATIONS = (
     Mutation(
         "files go before their rows",
         "serve/store.py",
-        "        self._unneeded.append(self.video_path(job_id))",
-        "        self.video_path(job_id).unlink(missing_ok=True)",
+        "(job_id,))\n        self._unneeded.append(self.video_path(job_id))",
+        "(job_id,))\n        self.video_path(job_id).unlink(missing_ok=True)",
         "serving/store",
     ),
     Mutation("files of others are swept", "serve/store.py", "_OWN_NAME.fullmatch(path.name) and ", "", "serving/store"),
