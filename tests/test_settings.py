@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import re
 import shutil
@@ -407,19 +406,13 @@ def test_what_is_no_picture_is_refused(
     assert f"--image {cut} cannot be read" in _refused(capsys, monkeypatch, *flags, *SMALL, "--image", str(cut))
 
 
-def _png(width: int, height: int) -> bytes:
-    out = io.BytesIO()
-    Image.new("RGB", (width, height)).save(out, "PNG")
-    return out.getvalue()
-
-
 def _request(**asked: Any) -> VideoRequest:
     return VideoRequest.model_validate({"prompt": "a cat", **asked})
 
 
 def test_the_server_takes_the_aspect_too() -> None:
     def size(**asked: Any) -> tuple[int, int]:
-        job = job_parameters(_request(**asked), _png(480, 832), CARD, Limits())
+        job = job_parameters(_request(**asked), (480, 832), CARD, Limits())
         return job.width, job.height
 
     assert size() == (48, 80)  # of 64 x 64 pixels

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,6 +14,10 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+# A disk with less is full.
+_ROOM_BYTES = 1 << 16
 
 
 @contextmanager
@@ -52,7 +58,36 @@ def save_video(frames: Tensor, path: Path, fps: int) -> None:
     from diffusers.utils import export_to_video
 
     with whole_file(path) as temporary:
-        export_to_video(list(frames.numpy()), str(temporary), fps=fps)
+        try:
+            export_to_video(list(frames.numpy()), str(temporary), fps=fps)
+            _check_whole(temporary)
+        except OSError as error:
+            # The encoder is a process of its own: its errors have no number.
+            if "No space left" in str(error) or shutil.disk_usage(path.parent).free < _ROOM_BYTES:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+            raise
+
+
+def _check_whole(path: Path) -> None:
+    """The encoder does not tell when the end of its file could not be written.
+
+    Raises:
+        OSError: the boxes of an mp4 do not end where the file does, or its index is missing.
+    """
+    size, at, names = path.stat().st_size, 0, []
+    with path.open("rb") as file:
+        while at < size:
+            file.seek(at)
+            head = file.read(16)
+            length = int.from_bytes(head[:4], "big")
+            if length == 1:
+                length = int.from_bytes(head[8:16], "big")
+            if length < 8 or at + length > size:
+                break
+            names.append(head[4:8])
+            at += length
+    if at != size or b"moov" not in names:
+        raise OSError(f"{path} was cut off at {size} bytes while it was written; see whether the disk has room")
 
 
 def decoded_pixels(video: bytes) -> bytes:

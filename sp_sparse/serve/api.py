@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Path, Query, Request
@@ -24,14 +26,17 @@ from sp_sparse.serve.answers import (
     not_found,
 )
 from sp_sparse.serve.body import read_request, request_body
-from sp_sparse.serve.guard import Guard
-from sp_sparse.serve.images import checked_image, image_from_url
+from sp_sparse.serve.guard import Guard, body_is_done, hold_body
+from sp_sparse.serve.images import image_from_url, image_size, in_decoder, stored_image
 from sp_sparse.serve.info import add_server_routes, describe
 from sp_sparse.serve.jobs import COMPLETED, FAILED, Job
 from sp_sparse.serve.requests import job_parameters
 from sp_sparse.serve.service import Service
+from sp_sparse.serve.store import StoreError, is_no_room
 
 _POLL_S = 0.1
+
+log = logging.getLogger(__name__)
 
 VideoId = Annotated[str, Path(pattern=r"^video_[0-9a-f]{32}$")]
 
@@ -42,7 +47,7 @@ def create_app(service: Service) -> FastAPI:
         title="sp_sparse video server",
         version=sp_sparse.__version__,
         redoc_url=None,
-        responses=error_answers(400, 401, 403, 408, 429),
+        responses=error_answers(400, 401, 403, 408, 429, 503, 507),
     )
     app.add_middleware(
         Guard, limits=service.limits, metrics=service.metrics, api_key=service.api_key, host=service.host
@@ -73,12 +78,24 @@ def _add_error_handlers(app: FastAPI) -> None:
         code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
         return ApiError(error.status_code, str(error.detail), code, headers=dict(error.headers or {})).response()
 
+    async def not_stored(request: Request, error: Exception) -> Response:
+        log.error("%s %s is refused: %s", request.method, request.url.path, error)
+        headers = {"Retry-After": "30"}
+        if is_no_room(error):
+            return ApiError(
+                507, "the server's disk is full; try again when there is room", "no_room", None, headers
+            ).response()
+        return ApiError(
+            503, "the server's database cannot be used now; try again", "database", None, headers
+        ).response()
+
     async def unexpected(request: Request, error: Exception) -> Response:
         return ApiError(500, "the server failed; its log tells why", "internal_error").response()
 
     app.add_exception_handler(ApiError, refused)
     app.add_exception_handler(RequestValidationError, not_valid)
     app.add_exception_handler(HTTPException, of_starlette)
+    app.add_exception_handler(StoreError, not_stored)
     app.add_exception_handler(Exception, unexpected)
 
 
@@ -89,13 +106,17 @@ async def _create(service: Service, request: Request) -> Job:
     if url is not None:
         if data is not None:
             raise invalid("the first frame is given as a file and as an address; give one", "input_reference")
+        hold_body(request.scope, service.limits.body_bytes)
         data = await image_from_url(url, service.limits)
 
-    def add() -> Job:
-        image = None if data is None else checked_image(data, service.limits)
-        return service.add(job_parameters(asked, image, service.backend.card, service.limits))
-
-    return await run_in_threadpool(add)
+    picture = None if data is None else await in_decoder(image_size, data, service.limits)
+    parameters = job_parameters(asked, picture, service.backend.card, service.limits)
+    if data is not None:
+        image = await in_decoder(stored_image, data, parameters.width, parameters.height)
+        parameters = replace(parameters, image=image)
+    job = await run_in_threadpool(service.add, parameters)
+    body_is_done(request.scope)
+    return job
 
 
 def _add_video_routes(app: FastAPI, service: Service) -> None:

@@ -65,6 +65,9 @@ class ServeArguments:
     max_queue: int = option(Limits.queue, "jobs that may wait", int)
     max_requests: int = option(Limits.requests, "requests that are served at once", int)
     max_body_mb: float = option(Limits.body_bytes / 2**20, "MB of a request, its image included", float)
+    max_bodies_mb: float = option(
+        Limits.bodies_bytes / 2**20, "MB of all requests that are being read, their images included", float
+    )
     client_timeout_s: float = option(Limits.body_s, "seconds that a client may stall while it sends or receives", float)
     max_image_pixels: int = option(Limits.image_pixels, "pixels of a first frame", int)
     max_prompt_characters: int = option(Limits.prompt_characters, "characters of a prompt", int)
@@ -78,7 +81,7 @@ class ServeArguments:
 
     def __post_init__(self) -> None:
         check_numbers(self)
-        for name in ("timeout_s", "keep_hours", "keep_gb", "max_body_mb", "max_tries"):
+        for name in ("timeout_s", "keep_hours", "keep_gb", "max_body_mb", "max_bodies_mb", "max_tries"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{flag_of(name)} {getattr(self, name)} is not above 0; give more")
         for name in ("warmup_steps", "drain_s"):
@@ -107,6 +110,7 @@ class ServeArguments:
             queue=self.max_queue,
             requests=self.max_requests,
             body_bytes=int(self.max_body_mb * 2**20),
+            bodies_bytes=int(self.max_bodies_mb * 2**20),
             body_s=self.client_timeout_s,
             image_pixels=self.max_image_pixels,
             prompt_characters=self.max_prompt_characters,

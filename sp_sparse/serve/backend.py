@@ -85,6 +85,10 @@ class Measured:
     peak_bytes: int = 0
 
 
+class NotFiniteError(ArithmeticError):
+    """A video that holds what is no number."""
+
+
 class VideoBackend(Protocol):
     """Makes videos. "All ranks" methods are called by every rank in the same order with the same arguments."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tempfile import gettempdir
 from typing import Any
 
 from fastapi import Request
@@ -10,6 +11,7 @@ from starlette.datastructures import UploadFile
 
 from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.requests import VideoRequest
+from sp_sparse.serve.store import NoRoomError, is_no_room
 
 _JSON, _FORM = "application/json", "multipart/form-data"
 _IMAGE_NAMES = ("input_reference", "image_reference")
@@ -51,7 +53,8 @@ async def read_request(request: Request) -> tuple[VideoRequest, bytes | None]:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     try:
         if kind == _JSON:
-            return VideoRequest.model_validate_json(await request.body()), None
+            # Not `request.body()`, which would keep it as long as the request is answered.
+            return VideoRequest.model_validate_json(b"".join([piece async for piece in request.stream()])), None
         if kind == _FORM:
             values, image = await _read_form(request)
             return VideoRequest.model_validate(values), image
@@ -78,6 +81,10 @@ async def _read_form(request: Request) -> tuple[dict[str, Any], bytes | None]:
                     values[name.removesuffix("[image_url]")] = {"image_url": value}
                 else:
                     values[name] = value
+    except OSError as error:  # files of forms lie on the disk until they are read
+        if is_no_room(error):
+            raise NoRoomError(f"the disk of {gettempdir()} is full ({error}); make room there") from error
+        raise
     except (ValueError, KeyError) as error:  # such as a charset that is not one
         raise invalid("the form cannot be read") from error
     return values, image

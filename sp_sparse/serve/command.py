@@ -24,14 +24,14 @@ from sp_sparse.serve.runner import Bounds, JobRunner
 from sp_sparse.serve.service import Service
 from sp_sparse.serve.store import JobStore
 from sp_sparse.serve.watchdog import Watchdog
-from sp_sparse.serve.web import WebServer, listen
+from sp_sparse.serve.web import WebServer, check_uvicorn, listen
 
 if TYPE_CHECKING:
     from sp_sparse.serve.wan import WanBackend
 
 _HOUSEKEEPING_S = 30.0
 
-# After a failure, the other ranks hear of it within this or never.
+# After a failure, the other ranks hear of it within this and the step they are in, or never.
 _FAULT_S = 30.0
 
 # Beyond the time that a running job has after SIGTERM.
@@ -118,6 +118,7 @@ class _FirstRank:
         bounds: Bounds,
     ) -> None:
         self._arguments, self._backend = arguments, backend
+        check_uvicorn()
         listener = listen(arguments.host, arguments.port)
         self._store = JobStore(Path(arguments.data_dir), arguments.max_tries)
         found = self._store.recover()

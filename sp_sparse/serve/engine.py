@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 
 from sp_sparse.serve.backend import JobParameters, Measured
 from sp_sparse.serve.control import CANCEL, GO_ON, INTERRUPT, Control
-from sp_sparse.serve.jobs import PHASES, Job, Progress
+from sp_sparse.serve.jobs import PHASES, Job, JobError, Progress
 from sp_sparse.serve.metrics import Metrics
-from sp_sparse.serve.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer
-from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer, job_error
+from sp_sparse.serve.store import JobStore, StoreError
 from sp_sparse.serve.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
@@ -103,6 +105,7 @@ class Engine:
         self._drain_until: float | None = None
         self._running: RunningJob | None = None
         self._expected: dict[tuple[int, ...], dict[str, float]] = {}
+        self._complained = False
         self.ready = False
 
     @property
@@ -132,7 +135,7 @@ class Engine:
 
     def warm_up(self, job: JobParameters) -> None:
         """Run a job that nobody asked for and throw the video away. Rank 0's part of `follow`."""
-        target = self._store.video_path("warm-up")
+        target = self._store.video_path(f"warm-up_{uuid.uuid4().hex}")
         self._running = RunningJob("warm-up", job.num_inference_steps, {}, Metrics())
         try:
             self._control.broadcast(job)
@@ -169,11 +172,27 @@ class Engine:
         """The next job; None if none comes within a heartbeat, by which the other ranks know that this one lives."""
         with self._watchdog.limit(self._bounds.step_s, "looking for the next job"):
             self._wake.clear()  # before looking: a job that comes after the look wakes
-            taken = self._store.start_next()
+            taken = self._take()
             if taken is None:
                 self._wake.wait(self._heartbeat_s)
-                taken = None if self.draining else self._store.start_next()
+                taken = None if self.draining else self._take()
             return taken
+
+    def _take(self) -> tuple[Job, JobParameters] | None:
+        """The next job; None where the store cannot say: there is another look after the next heartbeat."""
+        try:
+            taken = self._store.start_next()
+        except StoreError as error:
+            self._complain(error)
+            return None
+        self._complained = False
+        return taken
+
+    def _complain(self, error: StoreError) -> None:
+        """Once until it is well again."""
+        if not self._complained:
+            log.error("no job is taken or ended until this is mended: %s", error)
+        self._complained = True
 
     def _serve(self, job: Job, parameters: JobParameters) -> None:
         size = (parameters.height, parameters.width, parameters.num_frames)
@@ -181,8 +200,7 @@ class Engine:
         self._running = running
         if self._drain_until is not None:  # asked for before there was a running job to tell
             running.interrupt_at = self._drain_until
-        stored = self._store.get(job.id)
-        if stored is None or stored.cancelling:  # deleted before there was a running job to tell
+        if self._was_deleted(job.id):  # before there was a running job to tell
             running.cancelled.set()
         log.info("%s: started (try %d)", job.id, job.tries)
         try:
@@ -190,23 +208,60 @@ class Engine:
             measured = self._runner.run(parameters, self._store.video_path(job.id), running)
             running.finish()
             self._expected[size] = running.seconds
-            self._store.complete(job.id, _result(running, measured))
-            self._metrics.completed(measured)
-            log.info("%s: completed in %.2f s", job.id, sum(running.seconds.values()))
+            self._complete(job.id, running, measured)
         except JobFailedError as failed:
-            self._store.fail(job.id, failed.error)
-            self._metrics.failed(failed.error.code)
-            log.warning("%s: failed (%s): %s", job.id, failed.error.code, failed.error.message)
+            self._fail(job.id, failed.error)
         except JobStoppedError as stopped:
             if stopped.command == CANCEL:
-                self._store.remove(job.id)
+                self._write(partial(self._store.remove, job.id))
                 self._metrics.cancelled()
                 log.info("%s: cancelled", job.id)
             else:
-                self._store.requeue(job.id)
+                self._write(partial(self._store.requeue, job.id))
                 log.info("%s: interrupted, to run after the next start", job.id)
         finally:
             self._running = None
+
+    def _was_deleted(self, job_id: str) -> bool:
+        try:
+            stored = self._store.get(job_id)
+        except StoreError as error:
+            self._complain(error)
+            return False
+        return stored is None or stored.cancelling
+
+    def _complete(self, job_id: str, running: RunningJob, measured: Measured) -> None:
+        try:
+            self._write(partial(self._store.complete, job_id, _result(running, measured)))
+        except OSError as error:  # the video itself did not reach the disk
+            log.exception("%s: the video cannot be kept", job_id)
+            self._fail(job_id, job_error(error))
+            return
+        self._metrics.completed(measured)
+        log.info("%s: completed in %.2f s", job_id, sum(running.seconds.values()))
+
+    def _fail(self, job_id: str, error: JobError) -> None:
+        self._write(partial(self._store.fail, job_id, error))
+        self._metrics.failed(error.code)
+        log.warning("%s: failed (%s): %s", job_id, error.code, error.message)
+
+    def _write(self, write: Callable[[], None]) -> None:
+        """Write down how a job ended, however long the disk is full or the database cannot be had; meanwhile others wait.
+
+        At a shutdown it is left to the next start, which finds a finished video by its file.
+        """
+        while True:
+            try:
+                write()
+            except StoreError as error:
+                self._complain(error)
+            else:
+                self._complained = False
+                return
+            if self.draining:
+                return
+            self._control.broadcast(_IDLE)
+            time.sleep(self._heartbeat_s)
 
 
 def follow(control: Control, runner: JobRunner, watchdog: Watchdog, bounds: Bounds) -> None:

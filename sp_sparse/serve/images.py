@@ -10,10 +10,15 @@ import base64
 import binascii
 import io
 import ipaddress
+import math
 import re
 import socket
-import threading
 import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, ParamSpec, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 import httpx
@@ -21,13 +26,27 @@ import httpx
 from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.limits import Limits
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 _REDIRECTS = 3
+
+# Of EXIF: the tag, and its values for a camera that was held aside.
+_ORIENTATION, _ASIDE = 0x0112, (5, 6, 7, 8)
 
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,", re.IGNORECASE)
 
-# Decoded images are large: only so many at once.
-_DECODING = threading.BoundedSemaphore(2)
+# Decoded images are large: only so many at once, in threads of their own, for others answer requests meanwhile.
+_DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
+
+# A picture may have so many times the pixels of its video: one of another shape covers it and hangs over.
+_OVERHANG = 4
+
+# What Python's `ipaddress` takes for public in some versions: former anycast of 6to4, protocol assignments.
+_NOT_PUBLIC_4 = tuple(map(ipaddress.ip_network, ("192.88.99.0/24", "192.0.0.0/24")))
+# Of IPv6 only this is given out; of it, documentation.
+_UNICAST_6, _DOCUMENTATION_6 = ipaddress.IPv6Network("2000::/3"), ipaddress.IPv6Network("3fff::/20")
 
 
 async def image_from_url(url: str, limits: Limits) -> bytes:
@@ -51,29 +70,65 @@ async def image_from_url(url: str, limits: Limits) -> bytes:
     raise invalid(text + (", or http(s)" if limits.image_urls else "; this server fetches nothing"), "input_reference")
 
 
-def checked_image(data: bytes, limits: Limits) -> bytes:
-    """The image as 8-bit RGB PNG.
+async def in_decoder(action: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """Do something with an image in a thread, of which there are few: others wait without holding anyone up."""
+    return await asyncio.get_running_loop().run_in_executor(_DECODERS, partial(action, *arguments, **named))
+
+
+def image_size(data: bytes, limits: Limits) -> tuple[int, int]:
+    """Width and height of the upright image, whose pixels are not looked at.
 
     Raises:
-        ApiError: not an image of these formats, broken, or too large.
+        ApiError: not an image of these formats, or too large.
     """
+    with _opened(data) as image:
+        width, height = image.size
+        if width * height > limits.image_pixels:
+            text = f"the image has {width}x{height} pixels; use {limits.image_pixels} in all at most"
+            raise ApiError(413, text, "image_too_large", "input_reference")
+        return (height, width) if image.getexif().get(_ORIENTATION) in _ASIDE else (width, height)
+
+
+def stored_image(data: bytes, width: int, height: int) -> bytes:
+    """The image upright as 8-bit RGB PNG, no larger than a video of `width` x `height` needs.
+
+    Raises:
+        ApiError: broken.
+    """
+    from PIL import Image, ImageOps
+
+    with _opened(data) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        size = _needed_size(upright.size, (width, height))
+        if size != upright.size:
+            upright = upright.resize(size, Image.Resampling.LANCZOS)
+        out = io.BytesIO()
+        upright.save(out, "PNG", compress_level=1)
+        return out.getvalue()
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[Any]:
     from PIL import Image
 
     try:
-        with _DECODING, warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `image_size` looks at the size
             with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
-                width, height = image.size
-                if width * height > limits.image_pixels:
-                    text = f"the image has {width}x{height} pixels; use {limits.image_pixels} in all at most"
-                    raise ApiError(413, text, "image_too_large", "input_reference")
-                out = io.BytesIO()
-                image.convert("RGB").save(out, "PNG", compress_level=1)
-                return out.getvalue()
+                yield image
     except ApiError:
         raise
     except Exception as error:  # a decoder may raise anything on broken input
         raise invalid(f"the image is broken, or none of {', '.join(_FORMATS)}", "input_reference") from error
+
+
+def _needed_size(size: tuple[int, int], video: tuple[int, int]) -> tuple[int, int]:
+    """`size`, or less of the same shape that still covers a video, within `_OVERHANG` times its pixels."""
+    scale = min(1.0, max(wanted / side for wanted, side in zip(video, size, strict=True)))
+    scale = min(scale, math.sqrt(_OVERHANG * math.prod(video) / math.prod(size)))
+    if scale == 1:
+        return size
+    return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
 def is_public(address: str) -> bool:
@@ -85,6 +140,10 @@ def is_public(address: str) -> bool:
             return is_public(str(inner))
         if ip in ipaddress.ip_network("64:ff9b::/96"):  # IPv4 behind a translator
             return is_public(str(ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)))
+        if ip not in _UNICAST_6 or ip in _DOCUMENTATION_6:
+            return False
+    elif any(ip in network for network in _NOT_PUBLIC_4):
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved
 
 
@@ -125,6 +184,8 @@ async def _get(client: httpx.AsyncClient, url: str, max_bytes: int) -> tuple[str
     headers = {"Host": parts.netloc, "Accept-Encoding": "identity"}
     async with client.stream("GET", pinned, headers=headers, extensions={"sni_hostname": parts.hostname}) as response:
         if response.is_redirect:
+            if "location" not in response.headers:
+                raise ValueError(f"the server there answered {response.status_code} without an address to go to")
             return response.headers["location"], b""
         if response.status_code != 200:
             raise ValueError(f"the server there answered {response.status_code}")

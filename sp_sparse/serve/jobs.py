@@ -16,7 +16,7 @@ class JobError:
     """Why a job failed, fit for the eyes of a client.
 
     Attributes:
-        code: `out_of_memory`, `invalid_request`, `interrupted` or `internal_error`.
+        code: `out_of_memory`, `no_room`, `not_finite`, `invalid_request`, `interrupted` or `internal_error`.
     """
 
     code: str

@@ -13,6 +13,7 @@ class Limits:
         queue: jobs that may wait.
         requests: requests that are served at once.
         body_bytes: of a request.
+        bodies_bytes: of all requests that are being read.
         body_s: seconds that a client may take between two pieces of its request, or to take a piece of an answer.
         image_pixels: of a first frame.
         prompt_characters: of a prompt, and of a negative one.
@@ -30,6 +31,7 @@ class Limits:
     queue: int = 64
     requests: int = 256
     body_bytes: int = 16 << 20
+    bodies_bytes: int = 256 << 20
     body_s: float = 20.0
     image_pixels: int = 16_000_000
     prompt_characters: int = 4096
@@ -45,3 +47,7 @@ class Limits:
             value = getattr(self, entry.name)
             if entry.name != "image_urls" and value <= 0:
                 raise ValueError(f"limit {entry.name}={value} lets nothing through; give more than 0")
+        if self.bodies_bytes < self.body_bytes:
+            raise ValueError(
+                f"limit bodies_bytes={self.bodies_bytes} is less than one request of body_bytes={self.body_bytes}; give more"
+            )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import secrets
 from collections.abc import Callable
 from functools import partial
@@ -90,20 +89,23 @@ class VideoRequest(BaseModel):
         return None if reference is None else reference.image_url
 
 
-def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, limits: Limits) -> JobParameters:
-    """The job of a request, with the model's values for what it leaves open.
+def job_parameters(
+    request: VideoRequest, picture: tuple[int, int] | None, card: ModelCard, limits: Limits
+) -> JobParameters:
+    """The job of a request, with the model's values for what it leaves open; without its image, of which `picture` is the
+    width and height.
 
     Raises:
         ApiError: something that this model cannot make, or more than the limits allow.
     """
     if request.model not in (None, card.name):
         raise ApiError(404, f"model {request.model!r} is not here; this server has {card.name!r}", "model_not_found")
-    width, height = _size(request, image, card)
+    width, height = _size(request, picture, card)
     fps = request.fps or card.fps
     frames = _frames(request, card, fps)
     steps = request.num_inference_steps or card.num_inference_steps
     _check_limits(request, limits, width, height, frames, steps)
-    _check_image(image, card)
+    _check_image(picture, card)
     experts = 2 if card.two_experts else 1
     _refusing(
         "guidance_scale_2",
@@ -125,7 +127,6 @@ def job_parameters(request: VideoRequest, image: bytes | None, card: ModelCard, 
         sparse_backend=request.sparse_attn_backend,
         sparse_topk=request.sparse_attn_topk,
         sparse_schedule=request.sparse_attn_schedule,
-        image=image,
     )
 
 
@@ -137,18 +138,15 @@ def _refusing(param: str, check: Callable[[], None]) -> None:
         raise invalid(str(error), param) from error
 
 
-def _size(request: VideoRequest, image: bytes | None, card: ModelCard) -> tuple[int, int]:
+def _size(request: VideoRequest, picture: tuple[int, int] | None, card: ModelCard) -> tuple[int, int]:
     width, height = request.width, request.height
     if request.size is not None:
         if width is not None or height is not None:
             raise invalid("size and width or height are both given; use one", "size")
         width, height = map(int, request.size.split("x"))
     unit = card.pixel_multiple
-    if image is not None and (width is None or height is None):
-        from PIL import Image
-
-        with Image.open(io.BytesIO(image)) as picture:
-            height, width = size_for_picture(picture.size, height, width, card.height * card.width, unit)
+    if picture is not None and (width is None or height is None):
+        height, width = size_for_picture(picture, height, width, card.height * card.width, unit)
     width, height = width or card.width, height or card.height
     for name, pixels in (("width", width), ("height", height)):
         _refusing("size", partial(check_side, name, pixels, unit, str))
@@ -186,10 +184,10 @@ def _check_limits(request: VideoRequest, limits: Limits, width: int, height: int
         )
 
 
-def _check_image(image: bytes | None, card: ModelCard) -> None:
-    if image is None and card.image == IMAGE_REQUIRED:
+def _check_image(picture: tuple[int, int] | None, card: ModelCard) -> None:
+    if picture is None and card.image == IMAGE_REQUIRED:
         raise invalid(f"{card.name} makes videos from an image; give it as input_reference", "input_reference")
-    if image is not None and card.image == IMAGE_NEVER:
+    if picture is not None and card.image == IMAGE_NEVER:
         raise invalid(f"{card.name} makes videos from text alone; leave input_reference out", "input_reference")
 
 

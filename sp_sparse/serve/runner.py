@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from time import monotonic
 from typing import NoReturn, TypeVar
 
 import torch
 
 from sp_sparse.parallel.agreement import is_lost_rank
-from sp_sparse.serve.backend import JobParameters, Measured, VideoBackend
+from sp_sparse.serve.backend import JobParameters, Measured, NotFiniteError, VideoBackend
 from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
 from sp_sparse.serve.jobs import JobError
+from sp_sparse.serve.store import is_no_room
 from sp_sparse.serve.watchdog import Watchdog
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
+
+_OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class Observer:
@@ -65,11 +70,27 @@ class Bounds:
 
     Attributes:
         step_s: that a step or a phase without steps may take.
-        fault_s: that the other ranks may take to hear of a failure: those that sit in a collective never do.
+        fault_s: that the other ranks may take to hear of a failure, beyond what a step takes: those that sit in a
+            collective never do. Only where a video of the kind was made: before that a step may compile, and has `step_s`.
     """
 
     step_s: float
     fault_s: float
+
+
+def job_error(caught: Exception) -> JobError:
+    """What clients are told of an exception."""
+    # Of cuBLAS, NCCL and other libraries: plain RuntimeErrors.
+    plain = isinstance(caught, RuntimeError) and _OUT_OF_MEMORY.search(str(caught))
+    if isinstance(caught, (torch.OutOfMemoryError, MemoryError)) or plain:
+        return JobError("out_of_memory", "the server ran out of memory; ask for a smaller or shorter video")
+    if is_no_room(caught):
+        return JobError("no_room", "the server's disk is full; delete videos or ask again when there is room")
+    if isinstance(caught, NotFiniteError):
+        return JobError("not_finite", str(caught))
+    if isinstance(caught, ValueError):
+        return JobError("invalid_request", f"this video cannot be made: {caught}")
+    return JobError("internal_error", "the server failed to make this video; its log tells why")
 
 
 class JobRunner:
@@ -82,16 +103,26 @@ class JobRunner:
     def __init__(self, backend: VideoBackend, control: Control, watchdog: Watchdog, bounds: Bounds) -> None:
         self._backend, self._control, self._watchdog, self._bounds = backend, control, watchdog, bounds
 
+        self._longest: dict[JobParameters, float] = {}  # seconds without a word, of kinds of videos that were made
+        self._fault_s, self._last_word, self._silence = bounds.step_s, 0.0, 0.0
+
     def run(self, job: JobParameters, target: Path | None, observer: Observer) -> Measured:
         """Make a video, on rank 0 into `target`, which the others do not read. A collective call.
 
         Raises:
             JobFailedError, JobStoppedError: on every rank alike.
         """
+        kind = replace(job, prompt="", negative_prompt="", seed=0, image=None if job.image is None else b"")
+        self._fault_s = self._bounds.step_s
+        if kind in self._longest:
+            self._fault_s = min(self._bounds.step_s, self._bounds.fault_s + 2 * self._longest[kind])
+        self._last_word, self._silence = monotonic(), 0.0
         try:
-            return self._run(job, target, observer)
+            measured = self._run(job, target, observer)
+            self._longest[kind] = self._silence
+            return measured
         except JobFailedError:
-            with self._watchdog.limit(self._bounds.fault_s, "cleaning up after a failed job"):
+            with self._watchdog.limit(self._fault_s, "cleaning up after a failed job"):
                 self._backend.recover()
             raise
 
@@ -126,7 +157,7 @@ class JobRunner:
                 raise
         except Exception as caught:
             error = self._told(caught)
-            with self._watchdog.limit(self._bounds.fault_s, f"telling the other ranks of a failure ({error.message})"):
+            with self._watchdog.limit(self._fault_s, f"telling the other ranks of a failure ({error.message})"):
                 self._control.exchange(FAILED)
         else:
             try:
@@ -178,6 +209,8 @@ class JobRunner:
             self._fail(None)
 
     def _agree(self, code: int) -> list[int]:
+        now = monotonic()
+        self._silence, self._last_word = max(self._silence, now - self._last_word), now
         codes = self._control.exchange(code)
         if FAILED in codes:
             raise _PeerFailedError
@@ -190,11 +223,7 @@ class JobRunner:
         if is_lost_rank(caught):
             raise caught
         log.error("a job failed", exc_info=caught)
-        if isinstance(caught, (torch.OutOfMemoryError, MemoryError)):
-            return JobError("out_of_memory", "the server ran out of memory; ask for a smaller or shorter video")
-        if isinstance(caught, ValueError):
-            return JobError("invalid_request", f"this video cannot be made: {caught}")
-        return JobError("internal_error", "the server failed to make this video; its log tells why")
+        return job_error(caught)
 
     def _fail(self, error: JobError | None) -> NoReturn:
         """Every rank learns the first failure, and raises it."""

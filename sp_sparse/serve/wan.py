@@ -40,6 +40,7 @@ from sp_sparse.serve.backend import (
     JobParameters,
     Measured,
     ModelCard,
+    NotFiniteError,
 )
 
 
@@ -141,7 +142,9 @@ class WanBackend:
         if self._ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._ranks.device)
         clock = _TellingClock(self._ranks.device, on_step)
-        return denoise(pipe, arguments, encoded.prompt, clock, encoded.image)
+        latents = denoise(pipe, arguments, encoded.prompt, clock, encoded.image)
+        _check_finite("latents", latents)
+        return latents
 
     def measure(self) -> Measured:
         assert self._mesh is not None  # no job comes before load
@@ -160,7 +163,9 @@ class WanBackend:
             done += 1
             on_part(done, parts)
 
-        return decode(self._pipe, latents, on_frame)
+        frames = decode(self._pipe, latents, on_frame)
+        _check_finite("frames", frames)
+        return frames
 
     def save(self, job: JobParameters, frames: Tensor, path: Path) -> None:
         save_video(frames, path, job.fps)
@@ -244,6 +249,15 @@ class _TellingClock(StepClock):
         told = super().__call__(pipe, step, timestep, tensors)
         self._on_step()
         return told
+
+
+def _check_finite(what: str, values: Tensor) -> None:
+    wrong = values.numel() - int(values.isfinite().sum())
+    if wrong:
+        raise NotFiniteError(
+            f"{wrong} of {values.numel()} {what} of this video are not finite; ask for sparse_attn_backend 'none', another "
+            "seed or less guidance_scale, or start the server with --dtype float32"
+        )
 
 
 def _card(arguments: ServeArguments, model: WanModel) -> ModelCard:

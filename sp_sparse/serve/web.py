@@ -9,7 +9,11 @@ from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.h11_impl import H11Protocol, RequestResponseCycle
+
+# What is used of uvicorn beside its interface: methods of the protocol, and what these classes keep.
+_METHODS = ("connection_made", "connection_lost", "data_received")
+_KEPT = ((H11Protocol, ("loop", "transport", "cycle")), (RequestResponseCycle, ("response_complete",)))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -25,6 +29,23 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(
             f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --port"
         ) from error
+
+
+def check_uvicorn() -> None:
+    """Whether this version has what is used of it.
+
+    Raises:
+        ValueError: with what is missing.
+    """
+    missing = [f"H11Protocol.{name}" for name in _METHODS if name not in vars(H11Protocol)]
+    for kind, names in _KEPT:
+        kept = kind.__init__.__code__.co_names
+        missing += [f"{kind.__name__}.{name}" for name in names if name not in kept]
+    if missing:
+        raise ValueError(
+            f"uvicorn {uvicorn.__version__} has no {', '.join(missing)}, by which slow clients are cut off; install a "
+            'version that pip install "sp-sparse[serve]" takes'
+        )
 
 
 class WebServer:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from sp_sparse.generate.files import whole_file
 from sp_sparse.serve.api import create_app
-from sp_sparse.serve.backend import JobParameters, Measured, ModelCard
+from sp_sparse.serve.backend import JobParameters, Measured, ModelCard, NotFiniteError
 from sp_sparse.serve.control import Control
 from sp_sparse.serve.engine import Engine
 from sp_sparse.serve.limits import Limits
@@ -45,12 +48,14 @@ CARD = ModelCard(
 
 
 class FakeBackend:
-    """Prompts are words: `fail_in=denoise on=1 with=oom`, `hang_in=decode on=0`, `wait` (for the gate, at every step)."""
+    """Prompts are words: `fail_in=denoise on=1 with=oom`, `hang_in=decode on=0`, `slow_in=encode slow_on=1` (3 s), `wait`
+    (for the gate, at every step)."""
 
     def __init__(self, rank: int = 0, card: ModelCard = CARD) -> None:
         self.rank, self.card = rank, card
         self.gate = threading.Semaphore(0)
         self.recovered = 0
+        self.after_save: Callable[[], None] = lambda: None
 
     def check(self, job: JobParameters) -> None:
         if job.prompt == "refuse":
@@ -95,13 +100,17 @@ class FakeBackend:
 
     def save(self, job: JobParameters, frames: int, path: Path) -> None:
         self._misbehave(job, "save")
-        path.write_bytes(f"video {job.seed} {job.prompt} {len(job.image or b'')}".encode())
+        with whole_file(path) as temporary:
+            temporary.write_bytes(f"video {job.seed} {job.prompt} {len(job.image or b'')}".encode())
+        self.after_save()
 
     def recover(self) -> None:
         self.recovered += 1
 
     def _misbehave(self, job: JobParameters, place: str) -> None:
         asked = dict(word.split("=", 1) for word in job.prompt.split() if "=" in word)
+        if asked.get("slow_in") == place and str(self.rank) == asked["slow_on"]:
+            time.sleep(3)
         ranks = asked.get("on", "0").split(",")
         if str(self.rank) not in ranks:
             return
@@ -112,6 +121,10 @@ class FakeBackend:
                 "oom": torch.OutOfMemoryError("CUDA out of memory"),
                 "value": ValueError("the kernel takes no such video; use another"),
                 "bug": KeyError("/root/secret/path.py"),
+                "runtime": RuntimeError("the other half of guidance failed"),
+                "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+                "full": OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+                "nan": NotFiniteError("3 of 4 latents of this video are not finite; ask for another seed"),
             }[asked.get("with", "bug")]
 
 

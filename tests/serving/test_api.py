@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
+import io
 import json
 import socket
 import threading
@@ -376,6 +378,152 @@ def test_names_and_pages_of_others(server: LocalServer) -> None:
         answer = server.http.post("/v1/videos", json={"prompt": "a"}, headers={"Origin": origin})
         _refused(answer, 403, "foreign_origin")
     assert server.http.get("/v1/videos", headers={"Origin": server.url}).status_code == 200
+
+
+@pytest.mark.parametrize("key", [None, "secret"])
+def test_hosts_and_origins_that_are_none(tmp_path: Path, key: str | None) -> None:
+    with LocalServer(tmp_path, api_key=key) as server:
+        for host in (
+            "[",
+            "[::1",
+            "a]b",
+            "localhost:port",
+            "127.0.0.1:99999",
+            "[v1.x",
+            "\u2100".encode().decode("latin-1"),
+        ):
+            answer = server.http.get("/v1/videos", headers={b"Host": host.encode("latin-1")})
+            assert answer.status_code in (400, 403) or key, host
+            assert answer.status_code < 500
+            if "[" in host or ":" in host:
+                _refused(answer, 400, "invalid_host")
+        for origin in ("http://[", "http://[::1", "//]", "[", "http://a]b/"):
+            _refused(server.http.get("/v1/videos", headers={"Origin": origin}), 403, "foreign_origin")
+        for url in ("http://[", "http://[::1", "http://a:b/", "https://\u2100/", "http://" + "a" * 300, "http://%00/"):
+            body = {"prompt": "a cat", "input_reference": {"image_url": url}}
+            assert server.http.post("/v1/videos", json=body).status_code == 400
+
+
+def test_bodies_at_once(tmp_path: Path) -> None:
+    """What is announced counts, and what comes without being announced; what has gone counts no more."""
+    with LocalServer(tmp_path, body_bytes=1000, bodies_bytes=1500) as server:
+        start = b"POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        held: list[socket.socket] = []
+
+        def refused() -> httpx.Response | None:
+            # One more each time, for one that comes while another request is being read may itself be refused.
+            held.append(socket.create_connection(("127.0.0.1", server.port)))
+            held[-1].sendall(start + b"Content-Length: 900\r\n\r\n{")
+            answer = server.http.post("/v1/videos", json={"prompt": "x" * 700})
+            return answer if answer.status_code == 429 else None
+
+        answer = wait_for(refused)
+        _refused(answer, 429, "too_many_bytes", "1500 at most")
+        assert answer.headers["Retry-After"] == "1"
+
+        def pieces() -> Iterator[bytes]:
+            yield from [b"x" * 100] * 8
+
+        kind = {"Content-Type": "application/json"}
+        _refused(server.http.post("/v1/videos", content=pieces(), headers=kind), 429, "too_many_bytes")
+        assert server.completed()["status"] == "completed"  # a small one has room
+        for connection in held:
+            connection.close()
+        wait_for(lambda: server.http.post("/v1/videos", json={"prompt": "x" * 700}).status_code == 200)
+
+
+def test_a_body_counts_while_it_is_read_and_not_while_its_video_is_made(tmp_path: Path) -> None:
+    body = {"prompt": "wait", "negative_prompt": "x" * 900, "num_inference_steps": 100}
+    with LocalServer(tmp_path, body_bytes=1100, bodies_bytes=1100) as server:
+        waiting = threading.Thread(
+            target=server.http.post, args=("/v1/videos/sync",), kwargs={"json": body}, daemon=True
+        )
+        waiting.start()
+        wait_for(lambda: server.http.get("/v1/videos").json()["data"])
+        wait_for(lambda: server.http.post("/v1/videos", json={**body, "prompt": "a cat"}).status_code == 200)
+        server.steps(100)
+        waiting.join(60)
+
+
+def test_fetched_pictures_count_as_bodies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fetching, go_on = threading.Event(), threading.Event()
+
+    async def slow(*_: Any) -> bytes:
+        fetching.set()
+        while not go_on.is_set():
+            await asyncio.sleep(0.01)
+        return b""
+
+    monkeypatch.setattr("sp_sparse.serve.images.fetch", slow)
+    body = {"prompt": "a cat", "input_reference": {"image_url": "http://example.org/x.png"}}
+    with LocalServer(tmp_path, body_bytes=1000, bodies_bytes=1500, image_urls=True) as server:
+        first = threading.Thread(target=server.http.post, args=("/v1/videos",), kwargs={"json": body}, daemon=True)
+        first.start()
+        assert fetching.wait(60)
+        _refused(server.http.post("/v1/videos", json=body), 429, "too_many_bytes")
+        go_on.set()
+        first.join(60)
+
+
+def _noise(side: int) -> bytes:
+    from PIL import Image
+
+    out = io.BytesIO()
+    Image.effect_noise((side, side), 90).convert("RGB").save(out, "JPEG", quality=30)
+    return out.getvalue()
+
+
+def test_pictures_that_are_decoded_hold_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More uploads than there are threads for requests, none of which gets done."""
+    from PIL import Image
+
+    go_on, real = threading.Event(), Image.open
+
+    def slow(*arguments: Any, **options: Any) -> Any:
+        go_on.wait(60)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(Image, "open", slow)
+    data = _noise(100)
+    with LocalServer(tmp_path) as server:
+        files: Any = {"prompt": (None, "a cat"), "input_reference": ("x.jpg", data)}
+        statuses: list[int] = []
+
+        def post() -> None:
+            statuses.append(httpx.post(f"{server.url}/v1/videos", files=files, trust_env=False, timeout=90).status_code)
+
+        posts = [threading.Thread(target=post, daemon=True) for _ in range(50)]
+        try:
+            for one in posts:
+                one.start()
+            wait_for(lambda: len(server.connections) >= 50)
+            assert httpx.get(f"{server.url}/v1/videos", trust_env=False, timeout=20).status_code == 200
+        finally:
+            go_on.set()
+        for one in posts:
+            one.join(60)
+        assert statuses == [200] * 50
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_the_room_that_pictures_take(tmp_path: Path) -> None:
+    """As many pixels as their videos need while jobs wait, and nothing when they have ended."""
+    with LocalServer(tmp_path) as server:
+        blocking = server.create(prompt="wait")["id"]
+        empty = _size(tmp_path)
+        files: Any = {"prompt": (None, "wait"), "input_reference": ("x.jpg", _noise(1500))}
+        jobs = [server.http.post("/v1/videos", files=files).json()["id"] for _ in range(5)]
+        assert _size(tmp_path) - empty < 5 * (64 * 64 * 4 + 50_000)  # SQLite's own pages included
+        large: Any = {**files, "size": (None, "720x720")}
+        jobs += [server.http.post("/v1/videos", files=large).json()["id"] for _ in range(3)]
+        assert _size(tmp_path) - empty > 3 * 100_000
+        server.steps(1000)
+        for job in (blocking, *jobs):
+            assert server.ended(job)["status"] == "completed"
+        wait_for(lambda: _size(tmp_path) - empty < 100_000)
 
 
 def test_health_models_metrics_and_documents(server: LocalServer) -> None:

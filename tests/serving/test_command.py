@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -13,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from sp_sparse.serve import web
 from sp_sparse.serve.__main__ import main
 from sp_sparse.serve.arguments import parse_serve_arguments
+from sp_sparse.serve.web import check_uvicorn
 from tests.processes import PATIENCE_S
 from tests.serving.server import RankServer, free_port
 
@@ -122,3 +125,31 @@ def test_the_benchmark_compares_server_and_generate(tmp_path: Path) -> None:
     assert told["same_video"]
     assert len(told["server_s"]) == len(told["generate_s"]) == 2
     assert "same video" in done.stdout
+
+
+def test_a_uvicorn_without_what_is_used_of_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_uvicorn()
+
+    class Bare(asyncio.Protocol):
+        def __init__(self) -> None:
+            self.loop = self.transport = None
+
+    monkeypatch.setattr(web, "_KEPT", ((Bare, ("loop", "transport", "cycle")),))
+    monkeypatch.delattr(web.H11Protocol, "data_received")
+    with pytest.raises(
+        ValueError, match=r"uvicorn .* has no .*data_received.*Bare.cycle, by which slow clients .*install"
+    ):
+        check_uvicorn()
+
+
+def test_a_folder_of_others_and_a_broken_database_are_refused_in_a_line(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, content, text in (
+        ("thesis.tex", b"x", "was not made by this server"),
+        ("jobs.sqlite3", b"garbage" * 1000, "is no database, or broken"),
+    ):
+        (tmp_path / "data" / name).write_bytes(content)
+        with _launched(RankServer(tmp_path, 1)) as server:
+            assert server.join() == [2]
+            assert text in server.log
+            assert "Traceback" not in server.log

@@ -18,7 +18,7 @@ from PIL import Image
 
 from sp_sparse.serve import images
 from sp_sparse.serve.answers import ApiError
-from sp_sparse.serve.images import checked_image, fetch, image_from_url, is_public
+from sp_sparse.serve.images import fetch, image_from_url, image_size, is_public, stored_image
 from sp_sparse.serve.limits import Limits
 
 
@@ -28,14 +28,63 @@ def _encoded(kind: str, mode: str = "RGB", size: tuple[int, int] = (20, 10)) -> 
     return out.getvalue()
 
 
+def _checked(data: bytes, width: int = 64, height: int = 64) -> bytes:
+    image_size(data, Limits())
+    return stored_image(data, width, height)
+
+
 @pytest.mark.parametrize(
     ("kind", "mode"), [("PNG", "RGBA"), ("PNG", "L"), ("JPEG", "RGB"), ("WEBP", "RGB"), ("PNG", "P")]
 )
 def test_images_become_png(kind: str, mode: str) -> None:
     data = _encoded(kind, mode)
-    with Image.open(io.BytesIO(checked_image(data, Limits()))) as image, Image.open(io.BytesIO(data)) as original:
+    with (
+        Image.open(io.BytesIO(_checked(data))) as image,
+        Image.open(io.BytesIO(data)) as original,
+    ):
         assert (image.format, image.mode, image.size) == ("PNG", "RGB", (20, 10))
         assert image.tobytes() == original.convert("RGB").tobytes()
+
+
+def _decoded(data: bytes, width: int, height: int) -> Image.Image:
+    with Image.open(io.BytesIO(_checked(data, width, height))) as image:
+        return image.copy()
+
+
+@pytest.mark.parametrize(("kind", "quality"), [("JPEG", 95), ("WEBP", 95), ("PNG", 0)])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_stand_upright(kind: str, quality: int, orientation: int) -> None:
+    """A camera that was held aside says so in EXIF, and leaves the pixels as they are."""
+    upright = Image.new("RGB", (40, 24), "black")
+    upright.paste("red", (0, 0, 20, 12))
+    undone = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}
+    held = upright.transpose(Image.Transpose(undone[orientation])) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    held.save(out, kind, exif=exif, **({"quality": quality} if quality else {}))
+    image = _decoded(out.getvalue(), 64, 64)
+    assert image.size == image_size(out.getvalue(), Limits()) == (40, 24)
+    brightest = {(x, y): image.getpixel((x, y))[0] > 128 for x in (5, 35) for y in (4, 20)}  # type: ignore[index]
+    assert brightest == {(5, 4): True, (5, 20): False, (35, 4): False, (35, 20): False}
+
+
+@pytest.mark.parametrize(
+    ("size", "video", "kept"),
+    [
+        ((64, 32), (64, 32), (64, 32)),
+        ((20, 10), (64, 32), (20, 10)),  # not enlarged
+        ((640, 320), (64, 32), (64, 32)),
+        ((640, 640), (64, 32), (64, 64)),  # covers the video
+        ((640, 160), (64, 32), (128, 32)),
+        ((4000, 40), (64, 32), (905, 9)),  # within 4 x 64 x 32 pixels
+        ((4000, 1), (64, 64), (4000, 1)),
+    ],
+)
+def test_pictures_are_no_larger_than_their_video_needs(
+    size: tuple[int, int], video: tuple[int, int], kept: tuple[int, int]
+) -> None:
+    assert _decoded(_encoded("PNG", size=size), *video).size == kept
 
 
 @pytest.mark.parametrize(
@@ -53,7 +102,7 @@ def test_images_become_png(kind: str, mode: str) -> None:
 )
 def test_other_bytes_are_refused(data: bytes) -> None:
     with pytest.raises(ApiError, match="broken, or none of PNG, JPEG, WEBP") as error:
-        checked_image(data, Limits())
+        _checked(data)
     assert error.value.status == 400
 
 
@@ -95,6 +144,15 @@ def test_data_urls() -> None:
         ("::ffff:8.8.8.8", True),
         ("64:ff9b::7f00:1", False),
         ("2002:7f00:1::", False),
+        ("fec0::1", False),
+        ("feff:ffff::1", False),
+        ("64:ff9b:1::a9fe:a9fe", False),  # IPv4 behind a translator of this network
+        ("64:ff9b::808:808", True),
+        ("::127.0.0.1", False),
+        ("5f00::1", False),
+        ("3fff::1", False),
+        ("192.88.99.1", False),
+        ("192.0.0.8", False),
     ],
 )
 def test_public_addresses(address: str, public: bool) -> None:
@@ -113,6 +171,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             for _ in range(100):
                 self.wfile.write(b"x")
                 time.sleep(0.1)
+        elif self.path == "/nowhere":
+            self._answer(302, b"", {})
         elif self.path.startswith("/to/"):
             self._answer(302, b"", {"Location": self.path[len("/to/") :]})
         else:
@@ -174,6 +234,8 @@ def test_fetching(site: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, text in (
         ("/large", "more than 1000 bytes"),
         ("/nothing", "answered 404"),
+        ("/nowhere", "answered 302 without an address to go to"),
+        ("/to//nowhere", "answered 302 without an address to go to"),
         ("/to//to//to//to//to//image", "more than 3 redirects"),
         ("/to/file:///etc/passwd", "only plain"),
         ("/to/http://127.0.0.2/x", "private networks"),

@@ -13,6 +13,7 @@ from PIL import Image
 
 from sp_sparse.generate.__main__ import main as generate
 from sp_sparse.generate.files import decoded_pixels
+from sp_sparse.serve.__main__ import main as serve
 from tests.processes import wait_for
 from tests.ranks import run_ranks
 from tests.serving.server import SPARSE, RankServer
@@ -225,3 +226,38 @@ def test_a_killed_server_keeps_its_jobs(tmp_path: Path) -> None:
         assert sorted(p.name for p in (tmp_path / "data" / "videos").iterdir()) == sorted(
             [f"{done}.mp4", f"{waiting}.mp4"]
         )
+
+
+def _main_with_nan(flags: list[str]) -> int:
+    """As `sp_sparse.serve`, with latents or frames that are no numbers where the prompt says so."""
+    from sp_sparse.serve import wan
+
+    real_denoise, real_decode = wan.denoise, wan.decode
+    prompts: list[str] = []
+
+    def denoise(pipe: Any, arguments: Any, prompt: Any, *others: Any) -> Any:
+        latents = real_denoise(pipe, arguments, prompt, *others)
+        prompts[:] = [prompt.text]
+        if prompt.text == "nan in latents":
+            latents[0, 0, 0, 0, 0] = float("nan")
+        return latents
+
+    def decode(*arguments: Any) -> Any:
+        frames = real_decode(*arguments)
+        if prompts == ["infinite frames"]:
+            frames[-1] = float("inf")
+        return frames
+
+    vars(wan).update(denoise=denoise, decode=decode)
+    return serve(flags)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_video_that_is_no_numbers_fails(tmp_path: Path, world: int) -> None:
+    with RankServer(tmp_path, world, "--ulysses-degree", str(world), program=_main_with_nan) as server:
+        for prompt, told in (("nan in latents", "1 of "), ("infinite frames", "frames of this video are not finite")):
+            job = server.ended(server.create(prompt=prompt)["id"])
+            assert (job["status"], job["error"]["code"]) == ("failed", "not_finite")
+            assert told in job["error"]["message"]
+            assert "--dtype float32" in job["error"]["message"]
+        assert server.completed()["status"] == "completed"

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sqlite3
 import threading
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,7 @@ def test_a_second_server_is_refused(tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     JobStore(tmp_path).close()
-    with sqlite3.connect(tmp_path / "jobs.sqlite3") as db:
+    with closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as db:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(ValueError, match="has format 99, but this server reads up to 1; update"):
         JobStore(tmp_path)
@@ -124,7 +125,9 @@ def test_recovery(tmp_path: Path) -> None:
         store = JobStore(tmp_path, max_tries=2)
         found = store.recover()
         assert found == (
-            {"requeued": 1, "failed": 1, "removed": 0} if tries == 1 else {**found, "requeued": 0, "failed": 1}
+            {"requeued": 1, "failed": 1, "removed": 0, "found completed": 0}
+            if tries == 1
+            else {**found, "requeued": 0, "failed": 1}
         )
     job = store.get(running)
     assert job is not None
@@ -205,3 +208,127 @@ def test_what_was_acknowledged_survives_kill(tmp_path: Path) -> None:
     store = JobStore(tmp_path)
     assert store.recover()["failed"] == 0
     assert all(store.get(job_id) is not None for job_id in told)
+
+
+def _tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in folder.rglob("*")}
+
+
+def _foreign_database(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "jobs.sqlite3", isolation_level=None)) as db:
+        db.execute("CREATE TABLE jobs (id TEXT, salary REAL)")
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda folder: (folder / "lock").write_text("mine"), "has no jobs.sqlite3, but lock; give another --data-dir"),
+        (lambda folder: (folder / "thesis.tex").write_text("x"), "but thesis.tex; give another --data-dir, or move"),
+        (lambda folder: (folder / "videos").write_text("x"), "but videos; give another"),
+        (
+            lambda folder: ((folder / "videos").mkdir(), (folder / "videos" / "my_wedding.mp4").write_bytes(b"x")),
+            "but videos; give another",
+        ),
+        # What is left when a broken database was moved away alone: finished videos, which nobody would know of.
+        (
+            lambda folder: (
+                (folder / "videos").mkdir(),
+                (folder / "videos" / f"video_{'0' * 32}.mp4").write_bytes(b"x"),
+            ),
+            "but videos; give another",
+        ),
+        (lambda folder: [(folder / name).mkdir() for name in "abcde"], "but a, b, c and 2 more"),
+        (_foreign_database, "was made by another program; move it away"),
+        (
+            lambda folder: (folder / "jobs.sqlite3").write_bytes(b"garbage" * 1000),
+            "is no database, or broken .*move it",
+        ),
+    ],
+)
+def test_foreign_folders_are_left_alone(tmp_path: Path, make: Any, text: str) -> None:
+    make(tmp_path)
+    before = _tree(tmp_path)
+    with pytest.raises(ValueError, match=text):
+        JobStore(tmp_path)
+    assert _tree(tmp_path) == before
+
+
+def test_foreign_files_in_an_own_folder_are_left_alone(tmp_path: Path) -> None:
+    JobStore(tmp_path).close()
+    (tmp_path / "lock").write_text("mine")
+    (tmp_path / "notes.txt").write_text("mine")
+    videos, name = tmp_path / "videos", "video_" + "0" * 32
+    for foreign in ("my_wedding.mp4", "warm-up.mp4", f"{name}.mkv", f"copy of {name}.mp4", "video_1.mp4", ".hidden"):
+        (videos / foreign).write_bytes(b"x")
+    (videos / "sub").mkdir()
+    (videos / f"{'video_' + '1' * 32}.mp4").mkdir()
+    before = _tree(tmp_path)
+    own = [f"{name}.mp4", f".{name}.123.mp4", f"warm-up_{'a' * 32}.mp4", f".warm-up_{'a' * 32}.7.mp4"]
+    for left in own:
+        (videos / left).write_bytes(b"half")
+    store = JobStore(tmp_path)
+    store.recover()
+    store.close()
+    after = _tree(tmp_path)
+    assert {path: content for path, content in after.items() if "sqlite" not in path} == {
+        path: content for path, content in before.items() if "sqlite" not in path
+    }
+
+
+def test_a_start_that_was_cut_off_is_no_foreign_folder(tmp_path: Path) -> None:
+    (tmp_path / "lock").touch()
+    (tmp_path / "videos").mkdir()
+    JobStore(tmp_path).close()
+
+
+def test_a_broken_database_is_refused_and_kept(tmp_path: Path) -> None:
+    store = JobStore(tmp_path)
+    done = _completed(store)
+    for seed in range(200):
+        store.add(_job(seed, image=b"x" * 5000), 1000)
+    store.close()
+    path = tmp_path / "jobs.sqlite3"
+    data = bytearray(path.read_bytes())
+    data[4096 : len(data) // 2] = b"\xff" * (len(data) // 2 - 4096)
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"jobs.sqlite3 is no database, or broken \(.*move it and .*videos away"):
+        JobStore(tmp_path)
+    assert path.read_bytes() == bytes(data)
+    assert store.video_path(done).exists()
+    path.unlink()
+    for video in (tmp_path / "videos").iterdir():
+        video.rename(tmp_path.parent / video.name)
+    JobStore(tmp_path).close()  # the remedy helps
+
+
+def test_a_saved_video_that_was_not_written_down_is_not_made_again(tmp_path: Path) -> None:
+    store = JobStore(tmp_path, max_tries=1)
+    job, deleted = store.add(_job(), 10).id, store.add(_job(), 10).id
+    for _ in range(2):
+        store.start_next()
+    for saved in (job, deleted):
+        store.video_path(saved).write_bytes(b"whole")
+    store.delete(deleted)
+    store.close()
+    store = JobStore(tmp_path, max_tries=1)
+    assert store.recover() == {"requeued": 0, "failed": 0, "removed": 1, "found completed": 1}
+    found = store.get(job)
+    assert found is not None
+    assert (found.status, found.tries) == (COMPLETED, 1)
+    assert store.video_path(job).read_bytes() == b"whole"
+    assert not store.video_path(deleted).exists()
+
+
+def test_a_video_that_cannot_be_removed_is_removed_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = JobStore(tmp_path)
+    done = _completed(store)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        assert store.delete(done) == "deleted"
+    assert store.video_path(done).exists()
+    store.recover()
+    assert not store.video_path(done).exists()
