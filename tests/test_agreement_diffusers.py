@@ -208,7 +208,7 @@ def test_generate_seeds_what_a_scheduler_draws(tmp_path: Path, scheduler: str) -
     pipe = tiny_pipeline("t2v")
     pipe.scheduler = SCHEDULERS[scheduler]()
     pipe.save_pretrained(tmp_path / "model")
-    made = []
+    made: list[Tensor] = []
     for name, more in (("one", []), ("again", []), ("two", ["--ulysses-degree", "2"]), ("other", ["--seed", "1"])):
         latents = tmp_path / f"{name}.pt"
         flags = ["--model", str(tmp_path / "model"), *FLAGS, *more, "--output-latents", str(latents)]
