@@ -215,7 +215,7 @@ MUTATIONS = (
     Mutation(
         "the server does not follow a picture",
         "serve/requests.py",
-        "if image is not None and (width is None or height is None):",
+        "if picture is not None and (width is None or height is None):",
         "if False:",
         "settings",
     ),
@@ -312,8 +312,8 @@ MUTATIONS = (
     Mutation(
         "only the first group is asked",
         "parallel/agreement.py",
-        "    for group in groups:",
-        "    for group in groups[:1]:",
+        "    for group in groups:\n        parts: list[Any]",
+        "    for group in groups[:1]:\n        parts: list[Any]",
         "agreement",
     ),
     Mutation("ranks may differ in degrees", "parallel/mesh.py", "if len(set(asked)) > 1:", "if False:", "mesh_errors"),
