@@ -57,6 +57,13 @@ _KINDS = (
     ("full disk in save", "fail_in=save on=0 with=full", "no_room"),
     ("error in encode, both", "fail_in=encode on=0,1 with=runtime", "internal_error"),
 )
+# Within a forward, where a failure reaches the other half and no collective is left half-done: with guidance halves alone.
+_KINDS_OF_HALVES = (
+    ("out of memory in the second half", "fail_in=forward on=1 with=oom", "out_of_memory"),
+    ("text", "", "completed"),
+    ("out of memory in the first half", "fail_in=forward on=0 with=oom", "out_of_memory"),
+    ("out of memory in both halves", "fail_in=forward on=0,1 with=oom", "out_of_memory"),
+)
 _SIZES = (("64x64", 5), ("32x64", 9), ("96x64", 5), ("64x64", 9))
 
 
@@ -65,10 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=300, help="jobs asked for at most (default: 300)")
     parser.add_argument("--time-limit-s", type=float, default=480, help="ask for no further job then (default: 480)")
+    parser.add_argument("--guidance-halves", action="store_true", help="one rank a branch of guidance; else Ulysses 2")
     parser.add_argument("--kills", type=int, default=2, help="ranks killed, before memory is looked at (default: 2)")
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as folder, _disk(Path(folder, "disk")) as (place, is_small):
-        soak = _Soak(place, Path(folder, "log"), is_small, options.jobs, options.time_limit_s, options.kills)
+        soak = _Soak(
+            place,
+            Path(folder, "log"),
+            is_small,
+            options.jobs,
+            options.time_limit_s,
+            options.kills,
+            options.guidance_halves,
+        )
         with soak.server():
             soak.run()
             return soak.report()
@@ -95,6 +111,7 @@ class _Soak:
     jobs: int
     time_limit_s: float
     kills: int
+    halves: bool
     asked: int = 0
     killed: int = 0
     filled: int = 0
@@ -109,7 +126,8 @@ class _Soak:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-        torchrun += ["--max-restarts", str(self.kills + 5), __file__, "--model", "tiny-ti2v", "--ulysses-degree", "2"]
+        torchrun += ["--max-restarts", str(self.kills + 5), __file__, "--model", "tiny-ti2v"]
+        torchrun += ["--cfg-parallel-degree" if self.halves else "--ulysses-degree", "2"]
         torchrun += ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3", "--device", "cpu"]
         torchrun += ["--port", str(port), "--data-dir", str(self.disk / "data"), "--keep-gb", "1"]
         environment = {**os.environ, _ROLE: "1", "OMP_NUM_THREADS": "1"}
@@ -131,7 +149,8 @@ class _Soak:
         self._began = time.monotonic()
         while self.asked < self.jobs and time.monotonic() - self._began < self.time_limit_s:
             self._wait(lambda: self._open() < _WAITING)
-            self._ask(*_KINDS[self.asked % len(_KINDS)])
+            kinds = (*_KINDS, *_KINDS_OF_HALVES) if self.halves else _KINDS
+            self._ask(*kinds[self.asked % len(kinds)])
             self.asked += 1
             # Before memory is looked at: ranks that are new begin anew.
             if self.killed < self.kills and self.asked == (self.killed + 1) * _SETTLED // (self.kills + 1) - 5:
@@ -311,7 +330,18 @@ def _serve() -> int:
         fail(job, "denoise")
         if "with=nan" in job.prompt:
             encoded.prompt.embeds.fill_(float("nan"))
-        return denoise(self, job, encoded, step)
+        embedder = self._pipe.transformer.condition_embedder
+        own = embedder.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            fail(job, "forward")
+            return own(*args, **kwargs)
+
+        embedder.forward = forward
+        try:
+            return denoise(self, job, encoded, step)
+        finally:
+            del embedder.forward
 
     def failing_decode(self: WanBackend, latents: Any, on_part: Callable[[int, int], None]) -> Any:
         fail(running[0], "decode")
