@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from sp_sparse import BlockMask, SequenceParallelMesh, SparseAttention, SparseAttentionConfig
+from sp_sparse import BlockMask, SequenceParallelMesh, SequenceShards, SparseAttention, SparseAttentionConfig
 from sp_sparse.kernels import dense, registry
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
@@ -178,3 +178,33 @@ def test_ring_ranks_without_tokens_are_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         _layer(mesh, block_size=(16, 32)).shards(GRID)
+
+
+def _check_first_call(rank: int) -> None:
+    """NCCL wants every rank of a group in the group's first call, which point-to-point messages at shard edges are not."""
+    calls: list[str] = []
+    gather, batch = dist.all_gather_object, dist.batch_isend_irecv
+
+    def gathering(*arguments: object, **options: object) -> None:
+        calls.append("all ranks")
+        gather(*arguments, **options)
+
+    def batching(operations: list[dist.P2POp]) -> list[dist.Work]:
+        calls.append("some ranks")
+        return batch(operations)
+
+    with (
+        mock.patch.object(dist, "all_gather_object", gathering),
+        mock.patch.object(dist, "batch_isend_irecv", batching),
+    ):
+        mesh = SequenceParallelMesh(ring_degree=3, ring_group=dist.new_group())
+        layer = _layer(mesh, kv_exchange="all_gather")
+        shards = SequenceShards.equal(105, 3)
+        x = torch.randn(1, shards.lengths[rank], 4, 8)
+        layer(x, x, x, grid=GRID, shards=shards)
+    assert calls[0] == "all ranks"
+    assert "some ranks" in calls
+
+
+def test_a_groups_first_call_is_one_of_all_its_ranks() -> None:
+    run_ranks(3, _check_first_call)
