@@ -27,7 +27,7 @@ from sp_sparse.serve.answers import (
 )
 from sp_sparse.serve.body import read_request, request_body
 from sp_sparse.serve.guard import Guard, body_is_done, hold_body
-from sp_sparse.serve.images import image_from_url, image_size, in_decoder, stored_image
+from sp_sparse.serve.images import image_from_url, image_size, stored_image
 from sp_sparse.serve.info import add_server_routes, describe
 from sp_sparse.serve.jobs import COMPLETED, FAILED, Job
 from sp_sparse.serve.requests import job_parameters
@@ -109,10 +109,10 @@ async def _create(service: Service, request: Request) -> Job:
         hold_body(request.scope, service.limits.body_bytes)
         data = await image_from_url(url, service.limits)
 
-    picture = None if data is None else await in_decoder(image_size, data, service.limits)
+    picture = None if data is None else await service.decoders.run(image_size, data, service.limits)
     parameters = job_parameters(asked, picture, service.backend.card, service.limits)
     if data is not None:
-        image = await in_decoder(stored_image, data, parameters.width, parameters.height)
+        image = await service.decoders.run(stored_image, data, parameters.width, parameters.height)
         parameters = replace(parameters, image=image)
     job = await run_in_threadpool(service.add, parameters)
     body_is_done(request.scope)

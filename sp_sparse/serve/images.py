@@ -37,9 +37,6 @@ _ORIENTATION, _ASIDE = 0x0112, (5, 6, 7, 8)
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:image/(png|jpeg|jpg|webp);base64,", re.IGNORECASE)
 
-# Decoded images are large: only so many at once, in threads of their own, for others answer requests meanwhile.
-_DECODERS = ThreadPoolExecutor(2, thread_name_prefix="decode")
-
 # A picture may have so many times the pixels of its video: one of another shape covers it and hangs over.
 _OVERHANG = 4
 
@@ -70,9 +67,15 @@ async def image_from_url(url: str, limits: Limits) -> bytes:
     raise invalid(text + (", or http(s)" if limits.image_urls else "; this server fetches nothing"), "input_reference")
 
 
-async def in_decoder(action: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """Do something with an image in a thread, of which there are few: others wait without holding anyone up."""
-    return await asyncio.get_running_loop().run_in_executor(_DECODERS, partial(action, *arguments, **named))
+class Decoders:
+    """The few threads that decode images. Decoded images are large: only so many at once, and requests go on meanwhile."""
+
+    def __init__(self, threads: int = 2) -> None:
+        self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+
+    async def run(self, action: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+        """Do something with an image in one of the threads; others wait without holding anyone up."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(action, *arguments, **named))
 
 
 def image_size(data: bytes, limits: Limits) -> tuple[int, int]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from sp_sparse.serve.answers import ApiError, VideoAnswer, invalid, not_found, video_answer
 from sp_sparse.serve.backend import JobParameters, VideoBackend
 from sp_sparse.serve.engine import Engine
+from sp_sparse.serve.images import Decoders
 from sp_sparse.serve.jobs import IN_PROGRESS, QUEUED, Job
 from sp_sparse.serve.limits import Limits
 from sp_sparse.serve.metrics import Metrics
@@ -20,6 +21,7 @@ class Service:
     Attributes:
         keep_s: seconds that a video is kept.
         host: name or address that the server listens on.
+        decoders: decode the images of requests; of this process, for threads do not outlive a fork.
     """
 
     backend: VideoBackend
@@ -30,6 +32,7 @@ class Service:
     keep_s: float
     host: str
     api_key: str | None
+    decoders: Decoders = field(default_factory=Decoders)
 
     def answer(self, job: Job) -> VideoAnswer:
         running = self.engine.running
