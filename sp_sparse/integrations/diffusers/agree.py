@@ -36,7 +36,7 @@ class ForwardAgreement:
     def __init__(self, mesh: SequenceParallelMesh, keeps_latents: bool) -> None:
         """`keeps_latents`: nobody makes the latents of the loop alike, so ranks that differ in them must be refused."""
         self._mesh, self._keeps_latents = mesh, keeps_latents
-        self._halves = tuple(g for g in (mesh.ulysses_group, mesh.ring_group) if g is not None)
+        self._halves = mesh.sequence_groups
         # What the first branch was given and what it runs with: the second is given the same latents.
         self._first_branch: dict[str, tuple[Tensor, Tensor]] = {}
 

@@ -32,7 +32,7 @@ class CacheAgreement:
 
     def __init__(self, model: Any, mesh: SequenceParallelMesh, undo: ExitStack) -> None:
         self._model, self._undo = model, undo
-        self._groups = tuple(g for g in (mesh.ulysses_group, mesh.ring_group) if g is not None)
+        self._groups = mesh.sequence_groups
 
     def told(self) -> object:
         """What of the cache's settings the ranks can compare."""
