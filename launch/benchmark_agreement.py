@@ -17,13 +17,12 @@ import torch.distributed as dist
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
 
-from sp_sparse.integrations.diffusers.agree import ForwardAgreement  # noqa: E402
-
 from launch.benchmarks.results import environment  # noqa: E402
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig  # noqa: E402
 from sp_sparse.generate.random_models import random_a14b_transformer  # noqa: E402
 from sp_sparse.generate.ranks import Ranks, start_ranks  # noqa: E402
 from sp_sparse.integrations.diffusers import enable_sparse_attention  # noqa: E402
+from sp_sparse.integrations.diffusers.agree import ForwardAgreement  # noqa: E402
 
 _REAL_LAYERS = 40
 
