@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sp_sparse import BlockMask, SequenceParallelMesh, SparseAttention, SparseAttentionConfig
 from sp_sparse.config import REMAINDERS
+from sp_sparse.kernels import registry
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
 from sp_sparse.remainder import attend, means
@@ -213,6 +214,14 @@ def test_a_kernel_without_lse_is_refused() -> None:
     with pytest.raises(ValueError, match=r"returns no LSE, which remainder='linear' needs .*, or remainder='drop'"):
         SparseAttention(config, SequenceParallelMesh(), num_heads=2, head_dim=8)
     SparseAttention(replace(config, remainder="drop"), SequenceParallelMesh(), num_heads=2, head_dim=8)
+
+
+def test_auto_passes_over_a_kernel_without_lse(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "AUTO_ORDER", ("tests.test_remainder:NoLse", "reference"))
+    for remainder, kernel in (("drop", NoLse), ("mean", ReferenceKernel)):
+        config = replace(CONFIG, backend="auto", remainder=remainder)
+        layer = SparseAttention(config, SequenceParallelMesh(), num_heads=2, head_dim=8)
+        assert type(layer.kernel_for(torch.device("cpu"), torch.float32)).__name__ == kernel.__name__
 
 
 def test_a_kernel_that_returns_no_lse_against_its_word_is_refused() -> None:
