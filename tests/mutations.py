@@ -339,8 +339,8 @@ MUTATIONS = (
     Mutation(
         "a row that leaves nothing out gets a linear term",
         "remainder/attend.py",
-        "torch.where(nothing, 0.0, total)",
-        "total",
+        '.masked_fill((total == float("-inf")).unsqueeze(-1), 0.0)',
+        "",
         "remainder",
     ),
     Mutation(
@@ -360,8 +360,8 @@ MUTATIONS = (
     Mutation(
         "Triton: a short last block counts as a whole one",
         "remainder/triton_attend.py",
-        "tl.where(numbers == blocks - 1, log_last, log_block)",
-        "log_block",
+        "bias[..., blocks - 1] = math.log2(mask.last_key_tokens)",
+        "pass",
         "remainder",
     ),
     Mutation(
@@ -372,17 +372,19 @@ MUTATIONS = (
         "remainder",
     ),
     Mutation(
-        "Triton: the map of kept blocks of the first rows",
+        "Triton: the biases of the first query block",
         "remainder/triton_attend.py",
-        "(part // PER_BLOCK).to(tl.int64) * chosen_row",
-        "(part * 0).to(tl.int64) * chosen_row",
+        "(part // PER_BLOCK).to(tl.int64) * bias_row",
+        "(part * 0).to(tl.int64) * bias_row",
         "remainder",
     ),
     Mutation(
         "Triton: blocks past the last are stand-ins",
         "remainder/triton_attend.py",
-        "tl.load(chosen + numbers, mask=there, other=1)",
-        "tl.load(chosen + numbers, mask=there, other=0)",
+        """        float("-inf"),
+        dtype""",
+        """        0.0,
+        dtype""",
         "remainder",
     ),
     Mutation(

@@ -64,7 +64,7 @@ def means_like(case: Case, linear: bool) -> None:
         assert relative_error(slope, exact_slope) <= epsilon
 
 
-def fused(case: Case, linear: bool, compare: bool = True) -> Tensor:
+def fused(case: Case, linear: bool, compare: bool = True, tma: bool = True) -> Tensor:
     """What the kernels make of it, no further from float64 than twice what torch makes in the dtype of the inputs."""
     q, k, v, mask = case.query, case.key, case.value, case.mask
     tokens, slope = block_means_triton(k, v, mask.block_size[1], linear)
@@ -72,7 +72,7 @@ def fused(case: Case, linear: bool, compare: bool = True) -> Tensor:
         slope *= case.scale / mask.key_length
     chosen = expand(case.blocks, mask.block_size, mask.query_length, mask.key_length).to(q.device)
     exact_part, lse = masked_attention(q, k, v, chosen, case.scale, torch.float32)
-    out = add_remainder_triton(exact_part.to(q.dtype), lse.float(), q, tokens, slope, mask, case.scale)
+    out = add_remainder_triton(exact_part.to(q.dtype), lse.float(), q, tokens, slope, mask, case.scale, tma)
     if compare:
         cpu = q.cpu(), k.cpu(), v.cpu()
         expected = attention_with_remainder(*cpu, case.blocks, mask.block_size, case.scale, linear)

@@ -8,16 +8,18 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.remainder import triton_attend
 from sp_sparse.remainder.attend import attend_means
 from sp_sparse.remainder.means import block_means_torch
 from sp_sparse.remainder.triton_attend import takes_query
 from sp_sparse.remainder.triton_means import block_means_triton, takes_tokens
 from tests.remainder_cases import fused, means_like, problem
-from tests.triton_oracle import poisoned_empty
+from tests.triton_oracle import poisoned_empty, random_problem
 
 try:
-    fused(problem((64, 64), 64, torch.float16, "cpu", 10, 10, batch=1), True)
+    _tiny = random_problem((64, 64), 64, torch.float16, "cpu", (10, 10), batch=1, heads=1)
+    TritonKernel()(_tiny.query, _tiny.key, _tiny.value, _tiny.mask, _tiny.scale)
 except Exception as _error:
     pytest.skip(f"Triton's interpreter does not run here: {_error!r}", allow_module_level=True)
 
@@ -29,15 +31,16 @@ def _poison(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "empty", poisoned_empty)
 
 
+@pytest.mark.parametrize("tma", [True, False])
 @pytest.mark.parametrize("linear", [False, True])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize(("block_size", "length"), [((64, 64), 330), ((128, 32), 300), ((256, 128), 600)])
-def test_matches_torch(block_size: tuple[int, int], length: int, head_dim: int, linear: bool) -> None:
+def test_matches_torch(block_size: tuple[int, int], length: int, head_dim: int, linear: bool, tma: bool) -> None:
     case = problem(block_size, head_dim, torch.float16, "cpu", length, length + 70, batch=1, heads=2)
     assert takes_query(case.query, case.query, case.mask)
     assert takes_tokens(case.key, case.value, block_size[1])
     means_like(case, linear)
-    fused(case, linear)
+    fused(case, linear, tma=tma)
 
 
 def test_slices_of_query_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,8 @@ def test_under_the_interpreter() -> None:
 def test_compiled(block_size: tuple[int, int], head_dim: int, dtype: torch.dtype, linear: bool) -> None:
     case = problem(block_size, head_dim, dtype, "cuda", 900, 1310)
     means_like(case, linear)
-    fused(case, linear)
+    for tma in (True, False):
+        fused(case, linear, tma=tma)
 
 
 @on_gpu

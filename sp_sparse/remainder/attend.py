@@ -90,11 +90,10 @@ def attend_means(
         chosen = part.to_dense().repeat_interleave(block, 2)[:, :, : part.query_length]
         scores = (q @ key_means.transpose(2, 3) * scale + log_tokens).masked_fill_(chosen, float("-inf"))
         total = scores.logsumexp(-1)
-        nothing = total == float("-inf")
-        weights = (scores - torch.where(nothing, 0.0, total).unsqueeze(-1)).exp()
-        rest = weights @ value_means
+        rest = (scores - total.unsqueeze(-1)).exp() @ value_means
         if slope is not None:
             rest = rest + q @ slope
-        out[:, tokens_of] = rest.masked_fill(nothing.unsqueeze(-1), 0.0).transpose(1, 2)
+        # A row that leaves nothing out has (-inf) - (-inf) here.
+        out[:, tokens_of] = rest.masked_fill((total == float("-inf")).unsqueeze(-1), 0.0).transpose(1, 2)
         lse[:, :, tokens_of] = total
     return out, lse
