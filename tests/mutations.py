@@ -726,7 +726,7 @@ MUTATIONS = (
         "selection",
     ),
     Mutation(
-        "scores too wide to be exact", "selection/summaries.py", "_SCORE_BITS = 14", "_SCORE_BITS = 24", "selection"
+        "scores too wide to be exact", "selection/summaries.py", "SCORE_BITS = 14", "SCORE_BITS = 24", "selection"
     ),
     Mutation(
         "scores in fp32",

@@ -31,7 +31,7 @@ def test_scores_equal_torch(queries: int, keys: int, head_dim: int) -> None:
     query, key = make_means(queries, head_dim, 0), make_means(keys, head_dim, 1)
     expected = summaries.block_scores_torch(query, key)
     assert expected.isfinite().all()
-    limits = summaries._SCORE_BITS, summaries._LARGEST, summaries._LEAST_EXPONENT
+    limits = summaries.SCORE_BITS, summaries.LARGEST, summaries.LEAST_EXPONENT
     assert torch.equal(block_scores_triton(query, key, *limits), expected)
     assert torch.equal(block_scores_triton(query.contiguous(), key.contiguous(), *limits), expected)
 
