@@ -10,9 +10,6 @@ from sp_sparse.selection.base import SelectionRequest
 from sp_sparse.selection.subblock_scores import PARTS, part_means, part_sizes, subblock_scores
 from sp_sparse.selection.topk import select_in_slices
 
-# fp32 numbers held for a score: `PARTS` masses, and what is made of them.
-_NUMBERS = 2 * PARTS
-
 
 class SubblockSelector:
     """Scores a pair of blocks by the attention that the parts of one give those of the other, and keeps the highest.
@@ -53,4 +50,4 @@ class SubblockSelector:
             first = PARTS * (rows.start or 0)
             return subblock_scores(queries[:, :, rows], keys, (max(0, full - first), rest), key_sizes)
 
-        return select_in_slices(scores, self._block_size, request, _NUMBERS)
+        return select_in_slices(scores, self._block_size, request, PARTS)

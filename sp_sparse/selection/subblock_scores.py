@@ -84,33 +84,40 @@ def subblock_scores_torch(
     query_parts: Tensor, key_parts: Tensor, query_sizes: tuple[int, float], key_sizes: tuple[int, float]
 ) -> Tensor:
     """`subblock_scores` in plain torch: any device, the definition that the other equals bit for bit."""
-    masses = _log_masses(query_parts.flatten(2, 3), key_parts, key_sizes)
-    most = masses.amax(-1, keepdim=True)
-    weights = (exact_exp2(masses - most) * 2.0**WEIGHT_BITS).round_().to(torch.int64)
-    total = exact_log2(weights.sum(-1, keepdim=True).float()) - float(WEIGHT_BITS)
-    sizes = _log_sizes(query_parts, query_sizes)
-    shares = (masses - (most + total)).unflatten(2, sizes.shape) + sizes[..., None]
-    return log2_sum_of_four(shares.unbind(3))
-
-
-def _log_masses(query_parts: Tensor, key_parts: Tensor, key_sizes: tuple[int, float]) -> Tensor:
-    """log2 of the mass that each query part gives each key block: `[B, H, parts, D]` -> fp32 `[B, H, parts, Nk]`."""
-    batch, heads, rows, head_dim = query_parts.shape
-    blocks = key_parts.shape[2]
-    masses = torch.empty(batch, heads, rows, blocks, dtype=torch.float32, device=query_parts.device)
-    sizes, keys = _log_sizes(key_parts, key_sizes), key_parts.flatten(2, 3)
-    step = max(1, _BUDGET // max(1, batch * heads * blocks * PARTS))
+    batch, heads, rows, _, _ = query_parts.shape
+    columns = key_parts.shape[2]
+    scores = torch.empty(batch, heads, rows, columns, dtype=torch.float32, device=query_parts.device)
+    row_sizes, column_sizes = (
+        _log_sizes(rows, query_sizes, scores.device),
+        _log_sizes(columns, key_sizes, scores.device),
+    )
+    step = max(1, _BUDGET // max(1, batch * heads * columns * PARTS**2))
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        exponents = block_scores(query_parts[:, :, part], keys) * score_factor(head_dim)
-        masses[:, :, part] = log2_sum_of_four((exponents.unflatten(3, sizes.shape) + sizes).unbind(4))
-    return masses
+        masses = _log_masses(query_parts[:, :, part], key_parts, column_sizes)
+        shares = (masses - _log_totals(masses)).unflatten(2, (-1, PARTS)) + row_sizes[part, :, None]
+        scores[:, :, part] = log2_sum_of_four(shares.unbind(3))
+    return scores
 
 
-def _log_sizes(parts: Tensor, sizes: tuple[int, float]) -> Tensor:
-    """log2 of the relative sizes of the parts of `[B, H, N, PARTS, D]`: fp32 `[N, PARTS]`."""
+def _log_masses(query_parts: Tensor, key_parts: Tensor, key_sizes: Tensor) -> Tensor:
+    """log2 of the mass that each query part gives each key block: fp32 `[B, H, PARTS * Nq, Nk]`."""
+    factor = score_factor(query_parts.shape[4])
+    exponents = block_scores(query_parts.flatten(2, 3), key_parts.flatten(2, 3)) * factor
+    return log2_sum_of_four((exponents.unflatten(3, key_sizes.shape) + key_sizes).unbind(4))
+
+
+def _log_totals(masses: Tensor) -> Tensor:
+    """log2 of the sum of each query part's masses: fp32 `[B, H, PARTS * Nq, 1]`."""
+    most = masses.amax(-1, keepdim=True)
+    weights = (exact_exp2(masses - most) * 2.0**WEIGHT_BITS).round_().to(torch.int64)
+    return most + (exact_log2(weights.sum(-1, keepdim=True).float()) - float(WEIGHT_BITS))
+
+
+def _log_sizes(blocks: int, sizes: tuple[int, float], device: torch.device) -> Tensor:
+    """log2 of the relative sizes of the parts of blocks: fp32 `[blocks, PARTS]`."""
     full, rest = sizes
-    logs = torch.zeros(parts.shape[2] * PARTS, dtype=torch.float32, device=parts.device)
+    logs = torch.zeros(blocks * PARTS, dtype=torch.float32, device=device)
     logs[full:] = -math.inf
     logs[full : full + 1] = rest
-    return logs.view(-1, PARTS)
+    return logs.view(blocks, PARTS)
