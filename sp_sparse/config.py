@@ -74,8 +74,8 @@ class SparseAttentionConfig:
     dense_layers: int = option(0, "first layers that stay dense", int, at_least=0)
     selector: str = option(
         "topk",
-        "topk (highest scores of mean queries and keys), window (only the blocks always kept), the name of another "
-        "package's selector, or package.module:Class",
+        "topk (highest scores of mean queries and keys), subblock (most attention between quarters of blocks), window "
+        "(only the blocks always kept), the name of another package's selector, or package.module:Class",
     )
     keep_diagonal: bool = option(True, "always keep the key blocks at the query block's own place", _flag_bool)
     keep_first_frame: bool = option(False, "always keep the key blocks that hold tokens of the first frame", _flag_bool)

@@ -34,7 +34,7 @@ def configurations(draw: st.DrawFn) -> SparseAttentionConfig:
         block_size=(draw(st.sampled_from([8, 16, 24])), draw(st.sampled_from([8, 16, 32]))),
         token_order=draw(st.sampled_from(TOKEN_ORDERS)),
         kv_exchange=draw(st.sampled_from(["ring", "all_gather"])),
-        selector=draw(st.sampled_from(["topk", "window"])) if keep_diagonal else "topk",
+        selector=draw(st.sampled_from(["topk", "subblock", "window"] if keep_diagonal else ["topk", "subblock"])),
     )
 
 

@@ -134,14 +134,9 @@ def _select(config: SparseAttentionConfig, query: Tensor, key: Tensor, static: T
     assert keys is not None
     rows = torch.zeros(queries.shape[2], keys.shape[2], dtype=torch.bool) if static is None else static
     length = query.shape[1]
-    request = SelectionRequest(
-        *queries.shape[:2],
-        query_range=(0, length),
-        key_length=key.shape[1],
-        density=config.topk,
-        static=StaticBlocks.of(rows.numpy(), query.device),
-        grid=VideoGrid(1, 1, key.shape[1]),
-    )
+    kept, grid = StaticBlocks.of(rows.numpy(), query.device), VideoGrid(1, 1, key.shape[1])
+    batch, heads = queries.shape[:2]
+    request = SelectionRequest(batch, heads, (0, length), key.shape[1], config.topk, kept, grid)
     return selector.select(queries, keys, request)
 
 
