@@ -67,9 +67,7 @@ def main() -> int:
     return 0
 
 
-def _measure(
-    ranks: Ranks, kind: str, mesh: SequenceParallelMesh, arguments: argparse.Namespace
-) -> dict[str, object]:
+def _measure(ranks: Ranks, kind: str, mesh: SequenceParallelMesh, arguments: argparse.Namespace) -> dict[str, object]:
     device = ranks.device
     loop = (_transformer_loop if kind == "transformer" else _pipeline_loop)(device, mesh, arguments)
 

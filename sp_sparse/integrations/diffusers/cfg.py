@@ -164,11 +164,11 @@ class BranchParallel:
         halves: GuidanceHalves,
         out_channels: int,
         branch: Callable[[], str | None],
-        end: Callable[[Exception | None], Exception | None],
+        end_forward: Callable[[Exception | None], Exception | None],
     ) -> None:
-        """`end` is told where the forward has ended, and tells what to raise."""
+        """`end_forward` is told where the forward has ended, and tells what to raise."""
         self._forward, self._halves, self._out_channels, self._branch = forward, halves, out_channels, branch
-        self._end = end
+        self._end_forward = end_forward
 
     @torch.compiler.disable
     def __call__(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
@@ -176,11 +176,11 @@ class BranchParallel:
             try:
                 out: Tensor = self._forward(hidden_states, *args, return_dict=False, **kwargs)[0]
             except Exception as error:
-                raised = self._end(error)
+                raised = self._end_forward(error)
                 if raised is None or raised is error:
                     raise
                 raise raised from error
-            raised = self._end(None)
+            raised = self._end_forward(None)
             if raised is not None:
                 raise raised
             return out
