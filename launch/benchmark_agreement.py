@@ -63,7 +63,8 @@ def main() -> int:
             if ranks.first and arguments.output:
                 with open(arguments.output, "a", encoding="utf-8") as file:
                     file.write(json.dumps({**rows[-1], **environment(ranks.device)}) + "\n")
-        ranks.say(_table(rows))
+        if ranks.first:
+            print(_table(rows))
     return 0
 
 
