@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,8 +18,10 @@ from diffusers.hooks import FirstBlockCacheConfig
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.integrations.diffusers import enable_sparse_attention
+from sp_sparse.integrations.diffusers.forward_end import ForwardEnd
 from sp_sparse.kernels.reference import ReferenceKernel
-from sp_sparse.parallel.agreement import LostRankError, is_lost_rank
+from sp_sparse.parallel.agreement import LostRankError, RefusedError, is_lost_rank
+from sp_sparse.parallel.failures import Standing
 from tests.oracle import relative_error
 from tests.ranks import run_ranks, world_group
 from tests.tiny_wan import run, tiny_pipeline
@@ -176,3 +179,52 @@ def _check_alike(rank: int) -> None:
 def test_what_a_layer_refuses_on_all_ranks_spoils_nothing() -> None:
     _single()
     run_ranks(2, _check_alike)
+
+
+class _CallOnGpu:
+    """A forward whose collectives are none of the host's; it has entered the attention of a layer, or ended well."""
+
+    def __init__(self, layer: int | None) -> None:
+        self.is_running, self.is_within, self.layers_done = True, layer is not None, layer
+        self.plan = SimpleNamespace(local=torch.empty(0, device="meta"))
+
+    def end(self) -> None:
+        self.is_running = False
+
+
+def _check_on_gpus(rank: int) -> None:
+    mesh = SequenceParallelMesh(2)
+    memory, other = torch.OutOfMemoryError("no memory"), ValueError("other")
+    cases: list[tuple[list[tuple[int, Exception] | None], bool]] = [
+        # What happens on ranks 0 and 1: the layer, the error; whether the groups are spoilt.
+        ([None, (1, memory)], True),
+        ([(0, other), None], True),
+        ([(0, memory), (1, memory)], True),
+        ([(1, memory), (1, other)], True),
+        ([(1, memory), (1, memory)], False),
+        ([(0, RefusedError("no", True, "no")), (0, RefusedError("no", True, "no"))], False),
+        ([None, None], False),
+    ]
+    for happens, spoilt in cases:
+        standing, mine = Standing(), happens[rank]
+        call: Any = _CallOnGpu(None if mine is None else mine[0])
+        end = ForwardEnd(None, [], call, mesh, standing, lambda: None)
+        raised = end(None if mine is None else mine[1])
+        assert end(None) is None, "it ends once"
+        if mine is not None:
+            assert raised is mine[1]
+        elif any(happens):
+            (first,) = (f"rank {r}: {type(x[1]).__name__}: {x[1]}" for r, x in enumerate(happens) if x is not None)
+            assert first in str(raised)
+        else:
+            assert raised is None
+        assert standing.can_meet
+        if spoilt:
+            with pytest.raises(LostRankError, match=RESTART):
+                standing.check()
+        else:
+            standing.check()
+
+
+def test_beside_a_gpus_collectives_a_half_done_layer_is_heard_at_once() -> None:
+    run_ranks(2, _check_on_gpus)

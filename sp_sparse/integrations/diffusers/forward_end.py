@@ -66,13 +66,10 @@ class ForwardEnd:
                 self._standing.leave(error, can_meet=False)
             return error
         raised = self._standing.meet(error, self._groups, "the ranks did not all end a forward")
-        if (
-            raised is not None
-            and aside
-            and self._standing.can_meet
-            and len(set(every_value(halfway, self._groups).values())) > 1
-        ):
-            self._standing.leave(raised, can_meet=True)
+        if raised is not None and aside and self._standing.can_meet:
+            places = set(every_value(halfway, self._groups).values())
+            if len(places) > 1:  # those that all failed at one place are in step
+                self._standing.leave(raised, can_meet=True)
         return raised
 
     def _go_through(self, error: Exception) -> bool:
