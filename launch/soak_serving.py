@@ -56,13 +56,11 @@ _KINDS = (
     ("out of memory in decode", "fail_in=decode on=0 with=oom", "out_of_memory"),
     ("full disk in save", "fail_in=save on=0 with=full", "no_room"),
     ("error in encode, both", "fail_in=encode on=0,1 with=runtime", "internal_error"),
-)
-# Within a forward, where a failure reaches the other half and no collective is left half-done: with guidance halves alone.
-_KINDS_OF_HALVES = (
-    ("out of memory in the second half", "fail_in=forward on=1 with=oom", "out_of_memory"),
+    # Within a forward, before its first layer and between two.
+    ("out of memory in a forward, rank 1", "fail_in=forward on=1 with=oom", "out_of_memory"),
     ("text", "", "completed"),
-    ("out of memory in the first half", "fail_in=forward on=0 with=oom", "out_of_memory"),
-    ("out of memory in both halves", "fail_in=forward on=0,1 with=oom", "out_of_memory"),
+    ("out of memory in a forward, rank 0", "fail_in=layer on=0 with=oom", "out_of_memory"),
+    ("out of memory in a forward, both", "fail_in=forward on=0,1 with=oom", "out_of_memory"),
 )
 _SIZES = (("64x64", 5), ("32x64", 9), ("96x64", 5), ("64x64", 9))
 
@@ -149,8 +147,7 @@ class _Soak:
         self._began = time.monotonic()
         while self.asked < self.jobs and time.monotonic() - self._began < self.time_limit_s:
             self._wait(lambda: self._open() < _WAITING)
-            kinds = (*_KINDS, *_KINDS_OF_HALVES) if self.halves else _KINDS
-            self._ask(*kinds[self.asked % len(kinds)])
+            self._ask(*_KINDS[self.asked % len(_KINDS)])
             self.asked += 1
             # Before memory is looked at: ranks that are new begin anew.
             if self.killed < self.kills and self.asked == (self.killed + 1) * _SETTLED // (self.kills + 1) - 5:
@@ -330,18 +327,16 @@ def _serve() -> int:
         fail(job, "denoise")
         if "with=nan" in job.prompt:
             encoded.prompt.embeds.fill_(float("nan"))
-        embedder = self._pipe.transformer.condition_embedder
-        own = embedder.forward
-
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            fail(job, "forward")
-            return own(*args, **kwargs)
-
-        embedder.forward = forward
+        model = self._pipe.transformer
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, place=place: fail(job, place))
+            for module, place in ((model.condition_embedder, "forward"), (model.blocks[-1].ffn, "layer"))
+        ]
         try:
             return denoise(self, job, encoded, step)
         finally:
-            del embedder.forward
+            for hook in hooks:
+                hook.remove()
 
     def failing_decode(self: WanBackend, latents: Any, on_part: Callable[[int, int], None]) -> Any:
         fail(running[0], "decode")

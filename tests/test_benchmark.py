@@ -175,6 +175,24 @@ def test_sparse_is_compared_with_diffusers_parallelism_and_what_fails_is_left_ou
     assert rows[4]["speedup"] == pytest.approx(rows[0]["ms_median"] / rows[4]["ms_median"], abs=1e-3)
 
 
+def test_what_agreeing_costs(tmp_path: Path) -> None:
+    """Loops with and without agreement on every mesh of two ranks, in one table."""
+    out = tmp_path / "agreement.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = ["--small", "--layers", "1", "--latents", "3", "16", "16", "--times", "2", "--repeat", "1"]
+    done = subprocess.run(
+        [*torchrun, str(ROOT / "launch" / "benchmark_agreement.py"), *flags, "--output", str(out)],
+        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    meshes = [(row["loop"], row["cfg"], row["ulysses"], row["ring"]) for row in rows]
+    pairs = [(kind, 1, *degrees) for kind in ("transformer", "pipeline") for degrees in ((1, 2), (2, 1))]
+    assert meshes == [*pairs, ("halves", 2, 1, 1)]
+    assert all(row["ms_alone"] > 0 for row in rows)
+    assert [line.split()[:4] for line in done.stdout.splitlines()[-5:]] == [[str(x) for x in mesh] for mesh in meshes]
+
+
 def test_under_torchrun(tmp_path: Path) -> None:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     flags = [*ATTENTION, "--densities", "0.5", "--meshes", "2x1", "--output", str(tmp_path / "results.jsonl")]

@@ -61,12 +61,13 @@ def tiny_text_image_to_video(dtype: torch.dtype, from_image: bool) -> Any:
     return pipeline(**_parts(), transformer=expert, vae=_vae_48(), expand_timesteps=True)
 
 
-def random_a14b(layers: int, device: torch.device, dtype: torch.dtype) -> Any:
-    """Both A14B experts in full width, made on `device`, with a tiny VAE and no text encoder: for measuring."""
+def random_a14b(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
+    """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
+    measuring."""
     from diffusers import WanPipeline
 
     with torch.device(device):
-        experts = _experts(dtype, num_layers=layers, **_A14B)
+        experts = _experts(dtype, num_layers=layers, **{**_A14B, **changed})
     parts = {**_parts(), "tokenizer": None, "text_encoder": None}
     return WanPipeline(**parts, **experts, vae=_vae_16(), boundary_ratio=0.875)
 

@@ -104,7 +104,8 @@ def start_ranks(device: str, timeout_s: float, on_stop: Callable[[], None] | Non
         _call_when_stopped((signal.SIGTERM,), lambda: _speak_and_end(rank))
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group(
-        "nccl" if place.type == "cuda" else "gloo",
+        # Beside NCCL a backend for the host, where ranks compare numbers without waiting for the device.
+        "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
         store=_meeting_place(timeout),
         rank=rank,
         world_size=world,

@@ -12,6 +12,9 @@ from torch.distributed import ProcessGroup
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards, overlap
 
+# Bytes; of what torch's allocator gives, and more than compiled code asks of an input.
+_ALIGNMENT = 512
+
 
 def gather_tokens(x: Tensor, shards: SequenceShards, mesh: SequenceParallelMesh) -> Tensor:
     """This rank's tokens `[B, S_rank, …]` -> those of all ranks of the mesh, `[B, S, …]`, without padding.
@@ -34,6 +37,25 @@ def from_first(x: Tensor, groups: Sequence[ProcessGroup]) -> Tensor:
     for group in groups:
         dist.broadcast(x, dist.get_global_rank(group, 0), group=group)
     return x
+
+
+def all_from_first(tensors: Sequence[Tensor], groups: Sequence[ProcessGroup]) -> list[Tensor]:
+    """`from_first` of several tensors of one device, in one broadcast a group: the results share one buffer."""
+    if not groups or len(tensors) < 2:
+        return [from_first(x, groups) for x in tensors]
+    begins = [0]
+    for x in tensors:
+        begins.append(begins[-1] + -(-x.numel() * x.element_size() // _ALIGNMENT) * _ALIGNMENT)
+    buffer = torch.empty(begins[-1], dtype=torch.uint8, device=tensors[0].device)
+    parts = [
+        buffer[begin : begin + x.numel() * x.element_size()].view(x.dtype).view(x.shape)
+        for x, begin in zip(tensors, begins, strict=False)
+    ]
+    for part, x in zip(parts, tensors, strict=True):
+        part.copy_(x.detach())
+    for group in groups:
+        dist.broadcast(buffer, dist.get_global_rank(group, 0), group=group)
+    return parts
 
 
 def all_gather(x: Tensor, group: ProcessGroup) -> Tensor:

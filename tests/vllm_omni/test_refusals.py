@@ -8,12 +8,14 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata, VideoTokenLayout, VideoTokenSpan
 from vllm_omni.diffusion.attention.layer import Attention
 
 from sp_sparse.integrations.vllm_omni import omni_attention, registration
 from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend, SparseAttentionImpl
+from sp_sparse.parallel.agreement import RefusedError
 from tests.ranks import run_ranks
 from tests.vllm_omni.wan import Job, Mesh, built
 
@@ -210,3 +212,35 @@ def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
         SparseAttentionBackend.validate_available()
     with pytest.raises(RuntimeError, match=message):
         _implementation()
+
+
+def _check_apart(rank: int, mesh: Mesh, block_sparse: dict[str, Any]) -> None:
+    """A rank one step ahead, on which attention may be sparse already where the others' is dense."""
+    with built(mesh, Job(GRID, block_sparse)) as (_, forward), torch.no_grad():
+        last = rank == mesh.ranks - 1
+        steps = "; ".join(f"rank {r}: {3 if r == mesh.ranks - 1 else 2}" for r in range(mesh.ranks))
+        with pytest.raises(RefusedError, match=rf"^ranks differ in step \({steps}\); .*start the server anew$"):
+            forward(3 if last else 2)
+        assert forward(3).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "block_sparse", [{"sparsity": 0.6}, {"sparsity": 0.6, "start_step": 3}], ids=["sparse", "dense"]
+)
+@pytest.mark.parametrize("mesh", [Mesh(ulysses=2), Mesh(ring=2), Mesh(2, 2), Mesh(allgather=2)], ids=str)
+def test_ranks_that_are_not_at_the_same_step(mesh: Mesh, block_sparse: dict[str, Any]) -> None:
+    run_ranks(mesh.ranks, _check_apart, mesh, block_sparse)
+
+
+def _check_met(rank: int) -> None:
+    """Once a forward of both layers, on the host."""
+    with built(Mesh(2, 2), Job(GRID)) as (_, forward), torch.no_grad():
+        forward(3)
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as met:
+            forward(3)
+        assert met.call_count == 1
+        assert met.call_args.args[0].device.type == "cpu"
+
+
+def test_ranks_meet_once_a_forward() -> None:
+    run_ranks(4, _check_met)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -15,10 +16,12 @@ from sp_sparse.integrations.diffusers.agree import ForwardAgreement, SchedulerAg
 from sp_sparse.integrations.diffusers.caches import CacheAgreement
 from sp_sparse.integrations.diffusers.call import WanCall
 from sp_sparse.integrations.diffusers.cfg import BranchParallel, GuidanceHalves
+from sp_sparse.integrations.diffusers.forward_end import ForwardEnd
 from sp_sparse.integrations.diffusers.position import LoopPosition, SchedulerSteps, StepSource, no_steps
 from sp_sparse.integrations.diffusers.processor import SparseWanProcessor
 from sp_sparse.integrations.diffusers.shadows import Shadows
 from sp_sparse.parallel.agreement import together
+from sp_sparse.parallel.failures import Standing
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.recorder import AttentionRecorder
 from sp_sparse.video import VideoGrid
@@ -79,8 +82,9 @@ def enable_sparse_attention(
         return handle
     for model in models.values():
         _check_untouched(model)
-    halves = GuidanceHalves(mesh, target) if mesh.cfg_degree > 1 else None
-    scheduler = SchedulerAgreement(target, mesh.groups) if hasattr(target, "scheduler") else None
+    standing = Standing()
+    halves = GuidanceHalves(mesh, target, standing) if mesh.cfg_degree > 1 else None
+    scheduler = SchedulerAgreement(target, mesh.groups, standing) if hasattr(target, "scheduler") else None
     step_source = SchedulerSteps(target) if hasattr(target, "scheduler") else no_steps
     layers: dict[int, list[SparseAttention]] = {}
     like: SparseAttention | None = None
@@ -105,7 +109,7 @@ def enable_sparse_attention(
 
     def place() -> None:
         for expert, model in models.items():
-            _attach(model, layers[expert], mesh, config, step_source, scheduler, halves, handle._undo)
+            _attach(model, layers[expert], mesh, config, step_source, scheduler, halves, standing, handle._undo)
             handle.layers += layers[expert]
         if scheduler is not None:
             handle._undo.callback(scheduler.release)
@@ -172,16 +176,19 @@ def _attach(
     step_source: StepSource,
     scheduler: SchedulerAgreement | None,
     halves: GuidanceHalves | None,
+    standing: Standing,
     undo: ExitStack,
 ) -> None:
-    call = WanCall(mesh, config.token_order, layers[0].shards)
+    call = WanCall(mesh, config.token_order, layers[0].shards, standing)
     position = LoopPosition(step_source)
     agree, cache = ForwardAgreement(mesh, keeps_latents=scheduler is None), CacheAgreement(model, mesh, undo)
     needs_step = config.schedule_for(layers[0].expert).needs_step
     patch = model.config.patch_size
+    end = ForwardEnd(model, layers, call, mesh, standing, agree.confirm)
 
     @torch.compiler.disable
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        standing.check()
         latents, timestep = (
             args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("hidden_states", "timestep"))
         )
@@ -209,8 +216,19 @@ def _attach(
         cache.prepare()
         if scheduler is not None:
             scheduler.watch()
-        call.plan_for(grid, latents.device)
+        call.plan_for(grid, latents)
         return _replace_argument(args, kwargs, 1, "timestep", _enter_timestep(call))
+
+    @torch.compiler.disable
+    def after_forward(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
+        if out is None:  # called by torch while it handles what the forward raised, and raises it then
+            error = sys.exc_info()[1]
+            if isinstance(error, Exception):
+                end(error)
+            return
+        raised = end(None)
+        if raised is not None:
+            raise raised
 
     for block, layer in zip(model.blocks, layers, strict=True):
         processor = SparseWanProcessor(layer, call, block.attn1.processor)
@@ -231,13 +249,14 @@ def _attach(
     undo.callback(shadows.remove)
     shadows.place("enable_parallelism", lambda _: _refuse_enable_parallelism)
     if halves is None:
+        undo.callback(model.register_forward_hook(after_forward, always_call=True).remove)
         shadows.place("cache_context", position.listening)
         return
 
     def place_branches() -> None:
         shadows.place(
             "forward",
-            lambda forward: BranchParallel(forward, halves, model.config.out_channels, lambda: position.branch),
+            lambda forward: BranchParallel(forward, halves, model.config.out_channels, lambda: position.branch, end),
         )
 
     place_branches()

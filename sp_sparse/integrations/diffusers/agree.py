@@ -8,7 +8,9 @@ keeps: there ranks that differ in them raise, too.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,8 +18,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from sp_sparse.parallel.agreement import RefusedError, check_call, every_value, says_lost_rank
-from sp_sparse.parallel.collectives import from_first
+from sp_sparse.parallel.agreement import RefusedError, check_call, every_value
+from sp_sparse.parallel.collectives import all_from_first, from_first
+from sp_sparse.parallel.failures import Standing
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 # In the order of the parameters of WanTransformer3DModel.forward.
@@ -31,14 +34,17 @@ class ForwardAgreement:
 
     With `cfg_degree=2` the second branch is agreed on within each half alone: there the first half waits for nothing, and
     the second must not wait until the first has finished its own branch.
+
+    A forward costs one small exchange a group, on the host where the groups meet there, and one broadcast a group of the
+    inputs that are new. Nothing waits for the device then.
     """
 
     def __init__(self, mesh: SequenceParallelMesh, keeps_latents: bool) -> None:
         """`keeps_latents`: nobody makes the latents of the loop alike, so ranks that differ in them must be refused."""
         self._mesh, self._keeps_latents = mesh, keeps_latents
         self._halves = mesh.sequence_groups
-        # What the first branch was given and what it runs with: the second is given the same latents.
-        self._first_branch: dict[str, tuple[Tensor, Tensor]] = {}
+        self._kept: dict[str, tuple[_Agreed, ...]] = {}
+        self._latents: _Latents | None = None
 
     def __call__(
         self, settings: Mapping[str, object], branch: str | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -46,19 +52,18 @@ class ForwardAgreement:
         """Compare `settings`, and give back the arguments of the forward with the first rank's tensors.
 
         Raises:
-            RefusedError: the settings, or shapes or dtypes of the inputs, differ, or latents that the loop keeps; on every
-                rank.
+            RefusedError: the settings, or shapes or dtypes of the inputs, differ; on every rank.
         """
+        self._latents = None
         if not self._mesh.groups:
             return args, dict(kwargs)
-        second, held = branch == "uncond" and self._mesh.cfg_degree > 1, self._first_branch
-        self._first_branch = {}
+        second = branch == "uncond" and self._mesh.cfg_degree > 1
         groups = self._halves if second else self._mesh.groups
         inputs = {**dict(zip(_INPUTS, args, strict=False)), **{n: kwargs[n] for n in _INPUTS if n in kwargs}}
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         shapes = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
-        # Reading the result waits for the device, once a forward; 0.5 ms with the broadcasts, on two H100s.
-        check_call(
+        found = {name: self._find(name, x, second) for name, x in tensors.items()}
+        new = check_call(
             {
                 "guidance branch": branch,
                 **settings,
@@ -68,36 +73,86 @@ class ForwardAgreement:
             groups,
             tensors["hidden_states"].device,
             _REMEDY,
+            [found.get(name) is None for name in _INPUTS],
         )
-        agreed = {}
-        for name, x in tensors.items():
-            same = second and name in held and held[name][0] is x
-            agreed[name] = held[name][1] if same else from_first(x, groups)
-        if self._keeps_latents:
-            _check_latents(tensors["hidden_states"], agreed["hidden_states"], groups)
-        if branch == "cond" and self._mesh.cfg_degree > 1:
-            self._first_branch = {name: (tensors[name], x) for name, x in agreed.items()}
+        sent = {name for name, is_new in zip(_INPUTS, new, strict=True) if is_new and name in tensors}
+        agreed = {name: kept.value for name, kept in found.items() if kept is not None}
+        # Texts are sent once a loop, so they do not keep the latents' buffer.
+        for names in (_INPUTS[:2], _INPUTS[2:]):
+            these = [name for name in names if name in sent]
+            for name, x in zip(these, all_from_first([tensors[name] for name in these], groups), strict=True):
+                agreed[name] = x
+                self._keep(name, tensors[name], x, not second)
+        if self._keeps_latents and "hidden_states" in sent:
+            self._latents = _Latents(tensors["hidden_states"], agreed["hidden_states"], groups)
         replaced = tuple(agreed.get(name, x) for name, x in zip(_INPUTS, args, strict=False))
         return (*replaced, *args[len(_INPUTS) :]), {name: agreed.get(name, x) for name, x in kwargs.items()}
 
+    def confirm(self) -> None:
+        """Called by every rank where the host has given the device all of the forward, so that waiting costs nothing.
 
-def _check_latents(own: Tensor, first: Tensor, groups: Sequence[ProcessGroup]) -> None:
-    """Refuse noise that was drawn apart; encoders that round otherwise on another GPU are no reason to."""
-    sizes = torch.stack([x.float().norm() for x in (own - first, first)])
-    worst = sizes.clone()
-    for group in groups:
-        dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
-    apart, size = worst.tolist()  # a second wait, only without a pipeline
-    if not apart > _ROUNDING * size:  # NaN is another matter
-        return
-    every = every_value(f"{sizes[0].item() / max(size, 1e-30):.0%}", groups)
-    told = "; ".join(f"rank {rank}: {share}" for rank, share in every.items())
-    text = (
-        f"ranks differ in hidden_states, relative to the first rank's ({told}), so each rank's loop would "
-        "end with another video; seed the noise alike on every rank, or give "
-        "enable_sparse_attention the pipeline instead of its transformer"
-    )
-    raise RefusedError(text, speaks=True, failure=text)
+        Raises:
+            RefusedError: latents that the loop keeps differ; on every rank.
+        """
+        latents, self._latents = self._latents, None
+        if latents is not None:
+            latents.check()
+
+    def _find(self, name: str, x: Tensor, second: bool) -> _Agreed | None:
+        """What the ranks have agreed on for this very tensor: texts are the same at each step, latents in both branches."""
+        return next((kept for kept in self._kept.get(name, ()) if kept.is_for(x) and (kept.by_all or second)), None)
+
+    def _keep(self, name: str, own: Tensor, value: Tensor, by_all: bool) -> None:
+        if own.is_inference() or value.is_inference():  # nobody counts their changes
+            return
+        # A text for each branch; latents and timesteps are new at each step.
+        older = () if name in _INPUTS[:2] else self._kept.get(name, ())[:1]
+        self._kept[name] = (_Agreed(weakref.ref(own), own._version, value, value._version, by_all), *older)
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """What all ranks use instead of one's own tensor, while nobody writes into either."""
+
+    own: weakref.ref[Tensor]
+    own_version: int
+    value: Tensor
+    version: int
+    by_all: bool
+
+    def is_for(self, x: Tensor) -> bool:
+        return self.own() is x and (x._version, self.value._version) == (self.own_version, self.version)
+
+
+class _Latents:
+    """Noise that was drawn apart is refused; encoders that round otherwise on another GPU are no reason to."""
+
+    def __init__(self, own: Tensor, first: Tensor, groups: Sequence[ProcessGroup]) -> None:
+        self._groups = groups
+        self._own = torch.stack([x.float().norm() for x in (own - first, first)])
+        worst = self._own.clone()
+        for group in groups:
+            dist.all_reduce(worst, dist.ReduceOp.MAX, group=group)
+        self._worst = torch.empty(2, device="cpu", pin_memory=own.is_cuda)
+        self._worst.copy_(worst, non_blocking=own.is_cuda)
+        self._copied = torch.cuda.Event() if own.is_cuda else None
+        if self._copied is not None:
+            self._copied.record()
+
+    def check(self) -> None:
+        if self._copied is not None:
+            self._copied.synchronize()
+        apart, size = self._worst.tolist()
+        if not apart > _ROUNDING * size:  # NaN is another matter
+            return
+        every = every_value(f"{self._own[0].item() / max(size, 1e-30):.0%}", self._groups)
+        told = "; ".join(f"rank {rank}: {share}" for rank, share in every.items())
+        text = (
+            f"ranks differ in hidden_states, relative to the first rank's ({told}), so each rank's loop would "
+            "end with another video; seed the noise alike on every rank, or give "
+            "enable_sparse_attention the pipeline instead of its transformer"
+        )
+        raise RefusedError(text, speaks=True, failure=text)
 
 
 class SchedulerAgreement:
@@ -106,8 +161,8 @@ class SchedulerAgreement:
     A pipeline may be given another scheduler at any time, so the one that it has is watched anew at each forward.
     """
 
-    def __init__(self, pipeline: Any, groups: Sequence[ProcessGroup]) -> None:
-        self._pipeline, self._groups = pipeline, groups
+    def __init__(self, pipeline: Any, groups: Sequence[ProcessGroup], standing: Standing) -> None:
+        self._pipeline, self._groups, self._standing = pipeline, groups, standing
         self._release: Callable[[], Any] = _nothing
 
     def watch(self) -> None:
@@ -115,7 +170,7 @@ class SchedulerAgreement:
         if not self._groups or isinstance(scheduler.__dict__.get("step"), _FirstRanksStep):
             return
         self.release()
-        step = _FirstRanksStep(scheduler.step, self._groups)
+        step = _FirstRanksStep(scheduler.step, self._groups, self._standing)
         self._release = functools.partial(_take_back, scheduler, step, scheduler.__dict__.get("step"))
         scheduler.__dict__["step"] = step
 
@@ -128,14 +183,14 @@ class SchedulerAgreement:
 class _FirstRanksStep:
     """`scheduler.step` whose sample is the first rank's."""
 
-    def __init__(self, step: Callable[..., Any], groups: Sequence[ProcessGroup]) -> None:
+    def __init__(self, step: Callable[..., Any], groups: Sequence[ProcessGroup], standing: Standing) -> None:
         functools.update_wrapper(self, step)  # pipelines look at its parameters
-        self._step, self._groups = step, groups
+        self._step, self._groups, self._standing = step, groups, standing
 
     @torch.no_grad()
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         out = self._step(*args, **kwargs)
-        with says_lost_rank("the ranks did not all end a denoising step"):
+        with self._standing.watch("the ranks did not all end a denoising step"):
             if isinstance(out, tuple):
                 return (from_first(out[0], self._groups), *out[1:])
             out.prev_sample = from_first(out.prev_sample, self._groups)

@@ -11,7 +11,7 @@ with what another has left.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
 
-from sp_sparse.parallel.agreement import RefusedError, check_same, every_value, is_lost_rank
+from sp_sparse.parallel.agreement import check_same, is_lost_rank, largest
+from sp_sparse.parallel.failures import Standing
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 
@@ -31,20 +31,6 @@ class _Step:
 
     guided: bool
     conditional: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class _Failure:
-    text: str
-    refused: bool
-    out_of_memory: bool
-
-    @classmethod
-    def of(cls, error: Exception | None) -> _Failure | None:
-        if error is None:
-            return None
-        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        return cls(f"{type(error).__name__}: {error}", isinstance(error, RefusedError), memory)
 
 
 class _PipelineGuidance:
@@ -71,9 +57,9 @@ class _PipelineGuidance:
 class GuidanceHalves:
     """The step that the ranks of both halves are at, for all transformers of one pipeline."""
 
-    def __init__(self, mesh: SequenceParallelMesh, pipeline: Any) -> None:
+    def __init__(self, mesh: SequenceParallelMesh, pipeline: Any, standing: Standing) -> None:
         """Raises TypeError if `pipeline` does not tell whether guidance is on, as a transformer alone does not."""
-        self._mesh, self._guidance = mesh, _PipelineGuidance(pipeline)
+        self._mesh, self._guidance, self._standing = mesh, _PipelineGuidance(pipeline), standing
         self._step: _Step | None = None
         self._computing = False
 
@@ -137,14 +123,17 @@ class GuidanceHalves:
         return out
 
     def _begin(self, step: int | None) -> None:
+        self._standing.check()
         if self._step is not None:
             # This rank left that step where nothing watches, between two contexts: the others may still wait in it.
             self._end(RuntimeError("left the step between its two branches"))
         guided = self._guidance.is_on()
         useless = not guided and (self._guidance.at_first_step() if step is None else step == 0)
-        least, most = _least_and_most(guided + 2 * useless, self._mesh.groups)
-        if least != most:
-            check_same("whether guidance is on, or at which step", (guided, step), self._mesh.groups)
+        told = guided + 2 * useless
+        with self._standing.watch("the ranks do not all begin a step with guidance"):
+            least, most = largest((-told, told), self._mesh.groups)
+            if -least != most:
+                check_same("whether guidance is on, or at which step", (guided, step), self._mesh.groups)
         if useless:
             raise RuntimeError(
                 "cfg_degree=2 runs the two branches of guidance, but guidance is off at the first step; turn it on "
@@ -155,47 +144,45 @@ class GuidanceHalves:
     def _end(self, error: Exception | None) -> Exception | None:
         """The step has ended on this rank, well or by `error`; what to raise if it failed on any. A collective call."""
         self._step = None
-        if error is not None and is_lost_rank(error):
+        if error is not None and (is_lost_rank(error) or not self._standing.can_meet):
             return error
-        try:
-            _, failed = _least_and_most(error is not None, self._mesh.groups)
-            if not failed:
-                return None
-            every = every_value(_Failure.of(error), self._mesh.groups)
-        except Exception:
-            if error is None:
-                raise
-            return error  # what happened first, rather than that the others could not be told
-        rank, first = next((rank, failure) for rank, failure in every.items() if failure is not None)
-        text = f"rank {rank}: {first.text}"
-        if any(failure is not None and failure.refused for failure in every.values()):
-            # Those that are refused do not go on to compare: nor may the others.
-            return error if isinstance(error, RefusedError) else RefusedError(str(error or text), False, text)
-        if error is not None:
-            return error
-        kind = torch.OutOfMemoryError if first.out_of_memory else RuntimeError
-        return kind(
-            f"guidance failed on another rank, and with it this step here ({text}); mend that and make the video anew"
-        )
+        return self._standing.meet(error, self._mesh.groups, "the ranks did not all end a step with guidance")
 
     def _send(self, x: Tensor, half: int) -> None:
         group = self._mesh.cfg_group
         assert group is not None  # GuidanceHalves is for meshes that have one
-        dist.broadcast(x, dist.get_global_rank(group, half), group=group)
+        with self._standing.watch("the ranks did not all exchange their branches of guidance"):
+            dist.broadcast(x, dist.get_global_rank(group, half), group=group)
 
 
 class BranchParallel:
     """Wraps the forward of one transformer; `branch` tells which branch the current call is for."""
 
     def __init__(
-        self, forward: Callable[..., Any], halves: GuidanceHalves, out_channels: int, branch: Callable[[], str | None]
+        self,
+        forward: Callable[..., Any],
+        halves: GuidanceHalves,
+        out_channels: int,
+        branch: Callable[[], str | None],
+        end_forward: Callable[[Exception | None], Exception | None],
     ) -> None:
+        """`end_forward` is told where the forward has ended, and tells what to raise."""
         self._forward, self._halves, self._out_channels, self._branch = forward, halves, out_channels, branch
+        self._end_forward = end_forward
 
     @torch.compiler.disable
     def __call__(self, hidden_states: Tensor, *args: Any, return_dict: bool = True, **kwargs: Any) -> Any:
         def compute() -> Tensor:
-            out: Tensor = self._forward(hidden_states, *args, return_dict=False, **kwargs)[0]
+            try:
+                out: Tensor = self._forward(hidden_states, *args, return_dict=False, **kwargs)[0]
+            except Exception as error:
+                raised = self._end_forward(error)
+                if raised is None or raised is error:
+                    raise
+                raise raised from error
+            raised = self._end_forward(None)
+            if raised is not None:
+                raise raised
             return out
 
         out = self._halves.branch(self._branch(), compute, hidden_states, self._out_channels)
@@ -204,14 +191,3 @@ class BranchParallel:
 
             return Transformer2DModelOutput(sample=out)
         return (out,)
-
-
-def _least_and_most(value: int, groups: Sequence[ProcessGroup]) -> tuple[int, int]:
-    """Of the values of all ranks. A collective call of two numbers a group, on the host where the group can."""
-    told = torch.tensor([-value, value], device="cpu")
-    for group in groups:
-        devices = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-        told = told.to("cpu" if "cpu" in devices else devices[0])
-        dist.all_reduce(told, dist.ReduceOp.MAX, group=group)
-    least, most = told.tolist()
-    return -least, most

@@ -37,8 +37,7 @@ class SchedulerSteps:
         if scheduler.timesteps is not self._timesteps:  # `set_timesteps` makes a new tensor, so a loop begins
             self._timesteps, self._begin = scheduler.timesteps, None
             self._values = [float(value) for value in scheduler.timesteps.tolist()]
-        # Of all tokens' timesteps the largest: those of given frames are 0. It waits for the device, once a forward.
-        now = float(timestep.max())
+        now = self._value(timestep, scheduler.timesteps)
         place = getattr(scheduler, "step_index", None)
         if place is None and now in self._values:
             place = self._values.index(now)
@@ -49,6 +48,16 @@ class SchedulerSteps:
         if self._begin is None or place < self._begin:
             self._begin = place
         return place - self._begin, len(self._values) - self._begin
+
+    def _value(self, timestep: Tensor, timesteps: Tensor) -> float:
+        storages = [x.untyped_storage().data_ptr() for x in (timestep, timesteps)]
+        if timestep.stride() == (0,) and storages[0] == storages[1]:
+            # An entry of the scheduler's, expanded over the batch: which one is known without waiting for the device.
+            place, rest = divmod(int(timestep.storage_offset() - timesteps.storage_offset()), timesteps.stride(0))
+            if rest == 0 and 0 <= place < len(self._values):
+                return self._values[place]
+        # Of all tokens' timesteps the largest: those of given frames are 0. It waits for the device, once a forward.
+        return float(timestep.max())
 
 
 class LoopPosition:

@@ -10,11 +10,14 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata, VideoTokenLayout
 from vllm_omni.diffusion.distributed.parallel_state import get_sp_group
 from vllm_omni.diffusion.forward_context import get_forward_context, is_forward_context_available
 
+from sp_sparse.parallel.agreement import check_call
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.video import VideoGrid
@@ -24,6 +27,7 @@ Place = Literal["local", "ring", "allgather"]
 
 _MESH = "_sp_sparse_mesh"
 _REMEDY = "choose another attention backend for this model"
+_ENGINE_REMEDY = "the engine's workers have lost step; see which of them failed first, and start the server anew"
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,23 @@ class OmniMesh:
             setattr(built, _MESH, SequenceParallelMesh(ring_degree=dist.get_world_size(group), ring_group=group))
         mesh: SequenceParallelMesh = getattr(built, _MESH)
         return mesh
+
+    def check_call(self, call: Call, query: Tensor) -> None:
+        """Fail on every rank if the ranks that share the sequence make different calls; all of them make this one.
+
+        Over vllm-omni's group of the hosts, so nothing waits for the device.
+
+        Raises:
+            RefusedError: with what differs, and each rank's value of it.
+        """
+        if self.ranks > 1:
+            told = {"step": call.step, "number of steps": call.num_steps, "grid": call.grid.shape}
+            check_call(
+                {**told, "batch": query.shape[0], "dtype": query.dtype},
+                (get_sp_group().cpu_group,),
+                torch.device("cpu"),
+                _ENGINE_REMEDY,
+            )
 
     def shards(self, place: Place, tokens: int) -> SequenceShards:
         """The cut of `tokens` over those ranks: vllm-omni's, equal shares with padding at the end."""

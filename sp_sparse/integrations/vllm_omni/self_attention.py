@@ -75,7 +75,7 @@ class SparseSelfAttention:
 
     def local(self, query: Tensor, key: Tensor, value: Tensor, *grid: int) -> Tensor:
         """Attention over a video of `grid` where this rank holds every token of some heads, or its queries and all keys."""
-        call = Call.now(*grid)
+        call = self._call(query, grid)
         tokens, padded = call.grid.num_tokens, self.mesh.padded(call.grid.num_tokens)
         gathered = self.mesh.allgather_degree > 1 and (query.shape[1], key.shape[1]) == (
             padded // self.mesh.ranks,
@@ -102,7 +102,7 @@ class SparseSelfAttention:
 
     def ring(self, query: Tensor, key: Tensor, value: Tensor, *grid: int) -> Tensor:
         """Attention over a video of `grid` of this ring shard's queries, some heads of them, and the keys of all ranks."""
-        call = Call.now(*grid)
+        call = self._call(query, grid)
         if self._is_dense(call):
             return self._dense.ring(query, key, value, call.metadata())
         return self._attend("ring", query, key, value, call)
@@ -131,6 +131,13 @@ class SparseSelfAttention:
             )
         if getattr(getattr(config, "parallel_config", None), "mask_sp_padding", False):
             raise ValueError("mask_sp_padding masks what SP_SPARSE never attends anyway; leave it out")
+
+    def _call(self, query: Tensor, grid: tuple[int, ...]) -> Call:
+        frames, height, width = grid
+        call = Call.now(frames, height, width)
+        if self.layer == 0:  # once a forward, before one rank runs dense and another sparse
+            self.mesh.check_call(call, query)
+        return call
 
     def _is_dense(self, call: Call) -> bool:
         dense = self.settings.density(self.layer, call.step, call.num_steps) >= 1.0
@@ -166,7 +173,7 @@ class SparseSelfAttention:
                 layer=self.layer or 0,
                 recorder=self._recorder,
                 all_gather_kv=place == "allgather",
-                check_calls=False,  # one engine drives all ranks, and a layer must not wait for the device
+                check_calls=False,  # compared once a forward, without waiting for the device
             )
         return self._layers[place, heads]
 
