@@ -381,7 +381,7 @@ def test_caches_that_may_part_the_ranks_are_refused() -> None:
 
 
 def _check_pyramid_on_halves(rank: int) -> None:
-    with pytest.raises(ValueError, match="counts the calls of both guidance branches together.*; use cfg_degree=1"):
+    with pytest.raises(ValueError, match=r"counts the calls of both guidance branches together.*; use cfg_degree=1"):
         _cached("pyramid", (1, 1, 2))
 
 
