@@ -288,7 +288,8 @@ def test_lora_weights_that_fit_nothing_are_refused(tmp_path: Path, capsys: pytes
     (tmp_path / "garbage.safetensors").write_text("no tensors")
     _lora(tmp_path / "absent.safetensors", block=7, seed=0)
     _lora(tmp_path / "narrow.safetensors", block=1, seed=0, width=64)
-    for name in ("foreign", "garbage", "absent", "narrow"):
+    save_file({}, tmp_path / "empty.safetensors")
+    for name in ("foreign", "garbage", "absent", "narrow", "empty"):
         for flag in ("--lora", "--lora-2"):
             source = str(tmp_path / f"{name}.safetensors")
             assert main([*SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
@@ -297,6 +298,54 @@ def test_lora_weights_that_fit_nothing_are_refused(tmp_path: Path, capsys: pytes
             assert "give LoRA weights that were made for this model" in error
             assert "step" not in error
     assert not (tmp_path / "video.mp4").exists()
+
+
+_FITS = "transformer.blocks.1.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ([f"{_FITS}.lora_A", f"{_FITS}.lora_B", "transformer.blocks.7.attn1.to_q.lora_A"], "3 weights, of which 2 fit"),
+        (
+            [f"{_FITS}.lora.down", f"{_FITS}.lora.up", "other.proj.lora.down"],
+            "of which 2 fit .* and not other.proj.lora.down",
+        ),
+        ([f"{_FITS}.lora_A", f"{_FITS}.lora_B", "transformer.blocks.0.ffn.net.2.lora_B"], "and not .*ffn.net.2.lora_B"),
+        (
+            [f"{_FITS}.lora_A", f"{_FITS}.lora_B", *(f"transformer.blocks.{n}.attn1.to_q.lora_A" for n in range(4, 8))],
+            "6 weights, of which 2 fit .* and not (.*lora_A.weight, ){3}…; give LoRA weights",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("flag", "part"), [("--lora", "transformer"), ("--lora-2", "transformer_2")])
+def test_lora_weights_that_fit_in_part_are_refused(
+    flag: str, part: str, keys: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tmp_path / "partly.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    shapes = {key: (4, 128) if key.endswith(("_A", "down")) else (128, 4) for key in keys}
+    save_file({f"{key}.weight": torch.randn(*shape, generator=generator) for key, shape in shapes.items()}, source)
+    assert main([*SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith(f"error: {flag} {source} has {len(keys)} weights")
+    assert re.search(text, line)
+    assert f"the {part} of tiny" in line
+    assert not (tmp_path / "video.mp4").exists()
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_lora_weights_of_every_layer_are_taken(names: tuple[str, str], tmp_path: Path) -> None:
+    pipe = tiny_text_to_video(torch.float32)
+    layers = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    weights = {}
+    for name, layer in layers.items():
+        if "attn" in name or "ffn" in name:
+            down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+            weights |= {f"transformer.{name}.{k}.weight": x for k, x in zip(names, (down, up), strict=True)}
+    save_file(weights, tmp_path / "whole.safetensors")
+    for flag in ("--lora", "--lora-2"):
+        _generate(tmp_path, *SMALL, flag, str(tmp_path / "whole.safetensors"))
 
 
 def test_several_lora_weights_all_count(tmp_path: Path) -> None:
