@@ -57,11 +57,13 @@ def load_lora(pipe: Any, arguments: GenerateArguments) -> None:
                 ) from error
             misfits = _misfits(keys, transformer, adapter)
             if misfits or not keys:
-                told = f"has {len(keys)} weights, of which {len(keys) - len(misfits)} fit the {part} of {arguments.model}"
+                told = (
+                    f"has {len(keys)} weights, of which {len(keys) - len(misfits)} fit the {part} of {arguments.model}"
+                )
                 some = ", ".join(misfits[:3]) + (", …" if len(misfits) > 3 else "")
                 raise ValueError(
-                    f"{flag_of(name)} {source} {told}{', and not ' * bool(some)}{some}; give LoRA weights that were made for "
-                    "this model"
+                    f"{flag_of(name)} {source} {told}{', and not ' * bool(some)}{some}; give LoRA weights that were made "
+                    "for this model"
                 )
             adapters.append(adapter)
         if adapters:
