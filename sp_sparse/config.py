@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
 from typing import Any
@@ -18,6 +18,9 @@ REMAINDERS = ("drop", "mean", "linear")
 
 # Of the names of the flags: `topk` is `--sparse-attn-topk`.
 FLAG_PREFIX = "sparse_attn_"
+
+# The fields that only a second expert reads.
+SECOND_EXPERT = ("topk_2", "schedule_2", "schedule_table_2")
 
 
 def _flag_bool(text: str) -> bool:
@@ -126,6 +129,28 @@ class SparseAttentionConfig:
             table = self.schedule_table_2 or (table if kind == "table" else ())
         return Schedule(topk, kind, table, self.dense_steps, self.dense_layers)
 
+    def check_read(self, names: Collection[str]) -> None:
+        """Refuse those of the fields `names`, which were asked for, that nothing reads beside the others.
+
+        Raises:
+            ValueError: with what to leave out.
+        """
+        tables = [self.schedule_for(expert).kind == "table" for expert in (0, 1)]
+        for name, is_table in (("topk", tables[0] and (tables[1] or self.topk_2 is not None)), ("topk_2", tables[1])):
+            value = getattr(self, name)
+            if name not in names or value is None:
+                continue
+            if is_table:
+                raise ValueError(
+                    f"{name}={value:g} changes nothing beside a schedule table, which has densities of its own; leave "
+                    f"{name} out, or choose another schedule"
+                )
+            if self.selector == "window" and value < 1:
+                raise ValueError(
+                    f"{name}={value:g} changes nothing with selector 'window', which keeps its blocks whatever the "
+                    f"density; leave {name} out, or choose selector 'topk'"
+                )
+
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
         """Add `--sparse-attn-…` flags, `_` for `-` accepted; one that is not given stays absent from the namespace."""
@@ -145,6 +170,9 @@ class SparseAttentionConfig:
 
     @classmethod
     def from_flags(cls, namespace: argparse.Namespace) -> SparseAttentionConfig:
-        """From a namespace that `add_flags` filled."""
+        """From a namespace that `add_flags` filled, refusing a flag that nothing reads beside the others."""
         given = vars(namespace)
-        return cls(**{o.name: given[FLAG_PREFIX + o.name] for o in fields(cls) if FLAG_PREFIX + o.name in given})
+        values = {o.name: given[FLAG_PREFIX + o.name] for o in fields(cls) if FLAG_PREFIX + o.name in given}
+        config = cls(**values)
+        config.check_read(values)
+        return config

@@ -159,10 +159,17 @@ MUTATIONS = (
         "settings",
     ),
     Mutation(
-        "LoRA weights of which none fits",
+        "LoRA weights of which some do not fit",
         "generate/lora.py",
-        'if adapter not in getattr(transformer, "peft_config", {}):',
+        "if misfits or not keys:",
         "if False:",
+        "settings",
+    ),
+    Mutation(
+        "half a layer's LoRA weights",
+        "generate/lora.py",
+        "(taken(key) and whole(key))",
+        "taken(key)",
         "settings",
     ),
     Mutation(
@@ -547,8 +554,15 @@ MUTATIONS = (
     Mutation(
         "unknown caches run",
         "integrations/diffusers/caches.py",
-        "kind not in (*_ALIKE, _FIRST_BLOCK):",
-        "False:",
+        "if kind not in known:",
+        "if False:",
+        "agreement_diffusers",
+    ),
+    Mutation(
+        "a cache that mixes the branches runs on halves",
+        "integrations/diffusers/caches.py",
+        "if kind == _PYRAMID and self._halves:",
+        "if False:",
         "agreement_diffusers",
     ),
     Mutation(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,11 +20,13 @@ pytest.importorskip("diffusers")
 
 from diffusers import FlowMatchEulerDiscreteScheduler, FlowMatchLCMScheduler, WanPipeline, WanVideoToVideoPipeline
 from diffusers.hooks import (
+    FasterCacheConfig,
     FirstBlockCacheConfig,
     MagCacheConfig,
     PyramidAttentionBroadcastConfig,
     SeaCacheConfig,
     TaylorSeerCacheConfig,
+    TextKVCacheConfig,
 )
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
@@ -304,12 +308,22 @@ CACHES: dict[str, Callable[[], Any]] = {
     "taylor": lambda: TaylorSeerCacheConfig(
         cache_interval=2, disable_cache_before_step=2, cache_identifiers=[r"blocks\.\d+\.attn1"]
     ),
+    "taylor lite": lambda: TaylorSeerCacheConfig(cache_interval=2, disable_cache_before_step=2, use_lite_mode=True),
     "pyramid": lambda: PyramidAttentionBroadcastConfig(
         spatial_attention_block_skip_range=2,
         spatial_attention_timestep_skip_range=(-1, 1001),
         current_timestep_callback=lambda: 500,
     ),
 }
+
+
+# Ulysses, ring, both, and guidance halves.
+CACHE_MESHES = [(2, 1, 1), (1, 3, 1), (2, 2, 1), (1, 1, 2)]
+
+
+@functools.cache
+def _cached_on_one_rank(cache: str) -> tuple[Tensor, int]:
+    return _cached(cache)
 
 
 def _cached(cache: str, degrees: tuple[int, int, int] = (1, 1, 1)) -> tuple[Tensor, int]:
@@ -328,20 +342,20 @@ def _cached(cache: str, degrees: tuple[int, int, int] = (1, 1, 1)) -> tuple[Tens
 
 def _check_cache(rank: int, cache: str, degrees: tuple[int, int, int], expected: Tensor, calls: int) -> None:
     latents, made = _cached(cache, degrees)
-    assert torch.equal(*_every(latents))
+    every = _every(latents)
+    assert all(torch.equal(every[0], other) for other in every)
     assert relative_error(latents, expected) < 1e-3
     # Each guidance half makes one branch's calls.
-    assert sum(_every(torch.tensor(made))) == calls * (1 if degrees[2] > 1 else 2)
+    assert sum(_every(torch.tensor(made))) == calls * degrees[0] * degrees[1]
 
 
-@pytest.mark.parametrize(
-    ("cache", "degrees"),
-    [*(("first block", degrees) for degrees in MESHES), *((cache, (2, 1, 1)) for cache in list(CACHES)[1:])],
-)
+@pytest.mark.parametrize("degrees", CACHE_MESHES)
+@pytest.mark.parametrize("cache", CACHES)
 def test_step_caches_give_the_one_rank_result(cache: str, degrees: tuple[int, int, int]) -> None:
-    expected, calls = _cached(cache)
+    expected, calls = _cached_on_one_rank(cache)
     assert 2 * 2 * 2 < calls < 2 * 2 * STEPS, "the cache must skip some steps, and not all"
-    run_ranks(2, _check_cache, cache, degrees, expected, calls)
+    if (cache, degrees[2]) != ("pyramid", 2):  # refused
+        run_ranks(math.prod(degrees), _check_cache, cache, degrees, expected, calls)
 
 
 class _OwnCacheConfig:
@@ -352,8 +366,10 @@ def _check_refused_caches(rank: int) -> None:
     model = tiny_transformer()
     enable_sparse_attention(model, CONFIG, SequenceParallelMesh(2))
     for config, text in (
-        (_OwnCacheConfig(), "_OwnCacheConfig may decide otherwise on each of the ranks .*disable_cache"),
+        (_OwnCacheConfig(), "_OwnCacheConfig may decide otherwise on each of the ranks; .*disable_cache"),
         (MagCacheConfig(calibrate=True), "calibrate it on one rank"),
+        (FasterCacheConfig(), "FasterCacheConfig wants both guidance branches in one batch.*; use one of FirstBlock"),
+        (TextKVCacheConfig(), "TextKVCacheConfig finds no layer of its own in a Wan transformer.*disable_cache"),
     ):
         model._cache_config = config
         with torch.no_grad(), pytest.raises(ValueError, match=text):
@@ -362,6 +378,15 @@ def _check_refused_caches(rank: int) -> None:
 
 def test_caches_that_may_part_the_ranks_are_refused() -> None:
     run_ranks(2, _check_refused_caches)
+
+
+def _check_pyramid_on_halves(rank: int) -> None:
+    with pytest.raises(ValueError, match=r"counts the calls of both guidance branches together.*; use cfg_degree=1"):
+        _cached("pyramid", (1, 1, 2))
+
+
+def test_a_cache_that_mixes_the_branches_is_refused_on_halves() -> None:
+    run_ranks(2, _check_pyramid_on_halves)
 
 
 def test_a_cache_gets_its_own_decision_back() -> None:

@@ -262,3 +262,16 @@ def _check_differing_ranks(rank: int) -> None:
 
 def test_ranks_with_different_settings_are_told_apart() -> None:
     run_ranks(2, _check_differing_ranks)
+
+
+def test_settings_that_nothing_reads_are_refused() -> None:
+    pipe = tiny_pipeline("ti2v")
+    with pytest.raises(ValueError, match=r"topk_2 is for a second expert, and there is one .*leave topk_2 out"):
+        enable_sparse_attention(pipe, replace(CONFIG, topk_2=0.2))
+    layers = len(pipe.transformer.blocks)
+    table = ((0.5,),) * (layers + 1)
+    with pytest.raises(
+        ValueError, match=f"has {layers + 1} rows, and the model {layers} layers; give {layers} at most"
+    ):
+        enable_sparse_attention(pipe, replace(CONFIG, schedule="table", schedule_table=table))
+    enable_sparse_attention(pipe, replace(CONFIG, schedule="table", schedule_table=table[1:])).remove()

@@ -144,10 +144,10 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
         "model: tiny-i2v\nseed: 3\nnum-frames: 9\nprompt: a fox\ncompile: false\nsparse_attn_backend: reference\n"
         "sparse-attn-schedule: table\nsparse-attn-schedule-table: [[1, 0.5], [0.25]]\nsparse_attn_keep_diagonal: false\n"
     )
-    arguments = parse_arguments(["--config", str(config), "--seed", "4", "--sparse_attn_topk", "0.2"])
+    arguments = parse_arguments(["--config", str(config), "--seed", "4", "--sparse_attn_dense_layers", "1"])
     assert (arguments.model, arguments.seed, arguments.num_frames) == ("tiny-i2v", 4, 9)
     assert arguments.sparse.schedule_table == ((1.0, 0.5), (0.25,))
-    assert (arguments.sparse.topk, arguments.sparse.keep_diagonal) == (0.2, False)
+    assert (arguments.sparse.dense_layers, arguments.sparse.keep_diagonal) == (1, False)
     same = tmp_path / "job.json"
     same.write_text(
         json.dumps({"model": "tiny-i2v", "seed": 3, "sparse_attn_backend": "auto", "sparse_attn_block_size": "32x16"})

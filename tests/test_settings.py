@@ -30,6 +30,8 @@ from tests.serving.fake import CARD
 
 SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
 CPU = torch.device("cpu")
+SPARSE = ["--sparse-attn-backend", "reference"]
+TABLE = [*SPARSE, "--sparse-attn-schedule", "table", "--sparse-attn-schedule-table", "1,0.5"]
 
 
 def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *flags: str) -> str:
@@ -100,6 +102,30 @@ def _found(model: Path | str, *flags: str) -> WanModel:
         ),
         (["--sparse-attn-topk", "0.2"], "add --sparse-attn-backend auto"),
         (["--layers", "8"], "--layers 8 is for a14b-random"),
+        (["--layers", "4"], "--layers 4 is for a14b-random"),
+        (
+            ["--guidance-scale", "1", "--negative-prompt", "grey"],
+            "--negative-prompt is given, but --guidance-scale 1 switches guidance off.*leave --negative-prompt out",
+        ),
+        ([*TABLE, "--sparse-attn-topk", "0.3"], "topk=0.3 changes nothing beside a schedule table.*; leave topk out"),
+        ([*TABLE, "--sparse-attn-topk-2", "0.2"], "topk_2=0.2 changes nothing beside a schedule table"),
+        (
+            [
+                *SPARSE,
+                "--sparse-attn-schedule-2=table",
+                "--sparse-attn-schedule-table-2=0.5",
+                "--sparse-attn-topk-2=0.2",
+            ],
+            "topk_2=0.2 changes nothing",
+        ),
+        (
+            [*SPARSE, "--sparse-attn-selector", "window", "--sparse-attn-topk", "0.2"],
+            "topk=0.2 changes nothing with selector 'window'.*leave topk out",
+        ),
+        (
+            [*SPARSE, "--sparse-attn-kv-exchange", "all_gather"],
+            "all_gather is for ring ranks, and --ring-degree is 1; leave it out",
+        ),
         (["--lora", "/nowhere/x.safetensors"], "--lora '/nowhere/x.safetensors' is no file.*give a .safetensors file"),
         (["--lora", "/nowhere/x"], "is no file, no folder and no hub id"),
         (["--lora", "tests/x.safetensors"], "is no file"),
@@ -116,6 +142,21 @@ def test_refused_before_weights_are_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert re.search(text, _refused(capsys, monkeypatch, *flags))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [*TABLE, "--sparse-attn-schedule-2", "constant", "--sparse-attn-topk", "0.3"],  # the second expert reads it
+        [*TABLE, "--sparse-attn-schedule-2", "constant", "--sparse-attn-topk-2", "0.3"],
+        [*SPARSE, "--sparse-attn-selector", "window", "--sparse-attn-topk", "1"],  # dense
+        ["--guidance-scale", "2", "--negative-prompt", "grey"],
+        [*SPARSE, "--sparse-attn-kv-exchange", "all_gather", "--ring-degree", "2"],
+        ["--model", "a14b-random", "--layers", "4"],
+    ],
+)
+def test_what_something_reads_is_taken(flags: list[str]) -> None:
+    parse_arguments(flags)
 
 
 NUMBERS = [
@@ -288,7 +329,8 @@ def test_lora_weights_that_fit_nothing_are_refused(tmp_path: Path, capsys: pytes
     (tmp_path / "garbage.safetensors").write_text("no tensors")
     _lora(tmp_path / "absent.safetensors", block=7, seed=0)
     _lora(tmp_path / "narrow.safetensors", block=1, seed=0, width=64)
-    for name in ("foreign", "garbage", "absent", "narrow"):
+    save_file({}, tmp_path / "empty.safetensors")
+    for name in ("foreign", "garbage", "absent", "narrow", "empty"):
         for flag in ("--lora", "--lora-2"):
             source = str(tmp_path / f"{name}.safetensors")
             assert main([*SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
@@ -297,6 +339,54 @@ def test_lora_weights_that_fit_nothing_are_refused(tmp_path: Path, capsys: pytes
             assert "give LoRA weights that were made for this model" in error
             assert "step" not in error
     assert not (tmp_path / "video.mp4").exists()
+
+
+_FITS = "transformer.blocks.1.attn1.to_q"
+
+
+@pytest.mark.parametrize(
+    ("keys", "text"),
+    [
+        ([f"{_FITS}.lora_A", f"{_FITS}.lora_B", "transformer.blocks.7.attn1.to_q.lora_A"], "3 weights, of which 2 fit"),
+        (
+            [f"{_FITS}.lora.down", f"{_FITS}.lora.up", "other.proj.lora.down"],
+            "of which 2 fit .* and not other.proj.lora.down",
+        ),
+        ([f"{_FITS}.lora_A", f"{_FITS}.lora_B", "transformer.blocks.0.ffn.net.2.lora_B"], "and not .*ffn.net.2.lora_B"),
+        (
+            [f"{_FITS}.lora_A", f"{_FITS}.lora_B", *(f"transformer.blocks.{n}.attn1.to_q.lora_A" for n in range(4, 8))],
+            "6 weights, of which 2 fit .* and not (.*lora_A.weight, ){3}…; give LoRA weights",
+        ),
+    ],
+)
+@pytest.mark.parametrize(("flag", "part"), [("--lora", "transformer"), ("--lora-2", "transformer_2")])
+def test_lora_weights_that_fit_in_part_are_refused(
+    flag: str, part: str, keys: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = str(tmp_path / "partly.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    shapes = {key: (4, 128) if key.endswith(("_A", "down")) else (128, 4) for key in keys}
+    save_file({f"{key}.weight": torch.randn(*shape, generator=generator) for key, shape in shapes.items()}, source)
+    assert main([*SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert line.startswith(f"error: {flag} {source} has {len(keys)} weights")
+    assert re.search(text, line)
+    assert f"the {part} of tiny" in line
+    assert not (tmp_path / "video.mp4").exists()
+
+
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora.down", "lora.up")])
+def test_lora_weights_of_every_layer_are_taken(names: tuple[str, str], tmp_path: Path) -> None:
+    pipe = tiny_text_to_video(torch.float32)
+    layers = {name: m for name, m in pipe.transformer.named_modules() if isinstance(m, torch.nn.Linear)}
+    weights: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
+        if "attn" in name or "ffn" in name:
+            down, up = torch.randn(2, layer.in_features), torch.randn(layer.out_features, 2)
+            weights |= {f"transformer.{name}.{k}.weight": x for k, x in zip(names, (down, up), strict=True)}
+    save_file(weights, tmp_path / "whole.safetensors")
+    for flag in ("--lora", "--lora-2"):
+        _generate(tmp_path, *SMALL, flag, str(tmp_path / "whole.safetensors"))
 
 
 def test_several_lora_weights_all_count(tmp_path: Path) -> None:
@@ -426,11 +516,21 @@ def test_the_server_takes_the_aspect_too() -> None:
         ({"size": "64x72"}, "height 72: heights and widths are multiples of 16; use 64 or 80"),
         ({"num_frames": 18}, "num_frames 18: frames are 4n . 1; use 17 or 21"),
         ({"guidance_scale": 1, "guidance_scale_2": 3}, "guidance_scale 1 switches guidance off"),
+        ({"guidance_scale": 1, "negative_prompt": "grey"}, "^negative_prompt is given, but guidance_scale 1 switches"),
     ],
 )
 def test_the_server_refuses_in_the_same_words(asked: dict[str, Any], text: str) -> None:
     with pytest.raises(ApiError, match=text):
         job_parameters(_request(**asked), None, CARD, Limits())
+
+
+@pytest.mark.parametrize("flags", [TABLE, [*SPARSE, "--sparse-attn-selector", "window"]])
+def test_a_request_for_a_density_that_nothing_reads_is_refused(flags: list[str]) -> None:
+    backend = WanBackend(parse_serve_arguments(["--model", "tiny", "--device", "cpu", *flags]), Ranks(0, 1, CPU))
+    size = {"size": "64x64", "num_frames": 5, "num_inference_steps": 2}
+    with pytest.raises(ValueError, match=r"topk=0\.2 changes nothing"):
+        backend.check(job_parameters(_request(sparse_attn_topk=0.2, **size), None, backend.card, Limits()))
+    backend.check(job_parameters(_request(sparse_attn_backend="none", **size), None, backend.card, Limits()))
 
 
 def test_the_servers_card_is_what_the_folder_says(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_fl
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
 RANDOM_A14B = "a14b-random"
+RANDOM_LAYERS = 4
 
 # Token blocks of 128 would leave a tiny model with three of them.
 _TINY_BLOCK = (16, 16)
@@ -44,8 +45,12 @@ class GenerateArguments:
         "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random (full width, random weights); "
         "a folder; or a hub id",
     )
-    layers: int = option(
-        4, f"layers of each expert of {RANDOM_A14B}; the real model has 40", int, at_least=1, at_most=1000
+    layers: int | None = option(
+        None,
+        f"layers of each expert of {RANDOM_A14B}, {RANDOM_LAYERS} if not given; the real model has 40",
+        int,
+        at_least=1,
+        at_most=1000,
     )
     lora: tuple[str, ...] = option(
         (),
@@ -129,7 +134,7 @@ class GenerateArguments:
                 raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
 
     def _check_combinations(self) -> None:
-        if self.layers != type(self).layers and self.model != RANDOM_A14B:
+        if self.layers is not None and self.model != RANDOM_A14B:
             raise ValueError(
                 f"--layers {self.layers} is for {RANDOM_A14B}, and the model is {self.model}; leave it out"
             )
@@ -148,6 +153,11 @@ class GenerateArguments:
             raise ValueError(
                 f"--verify {self.verify} compares sparse attention, which --sparse-attn-backend none leaves off; choose "
                 "a backend such as auto, or --verify none"
+            )
+        if self.sparse.backend != "none" and self.sparse.kv_exchange != "ring" and self.ring_degree == 1:
+            raise ValueError(
+                f"--sparse-attn-kv-exchange {self.sparse.kv_exchange} is for ring ranks, and --ring-degree is 1; leave it "
+                "out, or use --ring-degree 2 or more"
             )
         if self.verify_tolerance is not None and self.verify == "none":
             raise ValueError("--verify-tolerance has nothing to judge; add --verify single or --verify dense")

@@ -38,6 +38,19 @@ def check_frames(frames: int, multiple: int, named: Named) -> None:
         )
 
 
+def check_negative_prompt(scale: float | None, negative_prompt: str, named: Named) -> None:
+    """Refuse a negative prompt that nothing would read.
+
+    Raises:
+        ValueError: guidance is off.
+    """
+    if negative_prompt and scale is not None and scale <= 1:
+        raise ValueError(
+            f"{named('negative_prompt')} is given, but {named('guidance_scale')} {scale:g} switches guidance off, so that "
+            f"nothing reads it; use a scale above 1, or leave {named('negative_prompt')} out"
+        )
+
+
 def check_guidance(scale: float | None, scale_2: float | None, experts: int, model: str, named: Named) -> None:
     """Refuse a second expert's guidance that nothing would read.
 

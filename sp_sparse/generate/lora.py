@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from sp_sparse.generate.arguments import GenerateArguments
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+# The two factors of a layer's weights, by the names of the libraries that write them.
+_FACTORS = (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up"))
 
 
 def check_lora(arguments: GenerateArguments) -> None:
@@ -38,25 +41,48 @@ def load_lora(pipe: Any, arguments: GenerateArguments) -> None:
     """Load every source into its expert.
 
     Raises:
-        ValueError: a source that cannot be read, or of which no weight fits the expert.
+        ValueError: a source that cannot be read, or of which a weight does not fit the expert.
     """
     for name, part in (("lora", "transformer"), ("lora_2", "transformer_2")):
         adapters = []
         for number, source in enumerate(getattr(arguments, name)):
             adapter, transformer = f"{name}_{number}", getattr(pipe, part)
             try:
+                keys = pipe.lora_state_dict(source)  # by diffusers' names, whoever wrote the file
                 pipe.load_lora_weights(source, adapter_name=adapter, load_into_transformer_2=part == "transformer_2")
             except Exception as error:  # whatever diffusers, peft and the hub have to say
                 raise ValueError(
                     f"{flag_of(name)} {source} cannot be loaded into {arguments.model} ({error}); give LoRA weights that "
                     "were made for this model"
                 ) from error
-            if adapter not in getattr(transformer, "peft_config", {}):
+            misfits = _misfits(keys, transformer, adapter)
+            if misfits or not keys:
+                told = (
+                    f"has {len(keys)} weights, of which {len(keys) - len(misfits)} fit the {part} of {arguments.model}"
+                )
+                some = ", ".join(misfits[:3]) + (", …" if len(misfits) > 3 else "")
                 raise ValueError(
-                    f"{flag_of(name)} {source} has no weight that fits the {part} of {arguments.model}; give LoRA weights "
-                    "that were made for this model"
+                    f"{flag_of(name)} {source} {told}{', and not ' * bool(some)}{some}; give LoRA weights that were made "
+                    "for this model"
                 )
             adapters.append(adapter)
         if adapters:
             # Loading leaves the last one active alone.
             getattr(pipe, part).set_adapters(adapters, [1.0] * len(adapters))
+
+
+def _misfits(keys: Collection[str], transformer: Any, adapter: str) -> list[str]:
+    """The weights that no layer has taken, or whose other factor is missing; diffusers only warns of them."""
+    layers = dict(transformer.named_modules())
+
+    def taken(key: str) -> bool:
+        name = re.split(r"[._](?:lora|lokr)[._]", key.removeprefix("transformer."))[0]
+        parts = getattr(layers.get(name), "adapter_layer_names", ())  # peft's, of a layer that it has wrapped
+        return key.startswith("transformer.") and any(adapter in getattr(layers[name], part) for part in parts)
+
+    def whole(key: str) -> bool:
+        pairs = ((mine, other) for pair in _FACTORS for mine, other in (pair, pair[::-1]))
+        others = [key.replace(mine, other) for mine, other in pairs if f"{mine}.weight" in key]
+        return all(other in keys for other in others)
+
+    return [key for key in keys if not (taken(key) and whole(key))]

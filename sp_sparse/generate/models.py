@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 
-from sp_sparse.config import FLAG_PREFIX
+from sp_sparse.config import FLAG_PREFIX, SECOND_EXPERT
 from sp_sparse.flags import flag_of
-from sp_sparse.generate.arguments import RANDOM_A14B, TINY_MODELS, GenerateArguments
-from sp_sparse.generate.fits import Named, check_frames, check_guidance, check_side, size_for_picture
+from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, TINY_MODELS, GenerateArguments
+from sp_sparse.generate.fits import (
+    Named,
+    check_frames,
+    check_guidance,
+    check_negative_prompt,
+    check_side,
+    size_for_picture,
+)
 from sp_sparse.generate.lora import load_lora
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
@@ -86,7 +93,7 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
     if arguments.model in TINY_MODELS:
         return _tiny(arguments)
     if arguments.model == RANDOM_A14B:
-        load = partial(random_a14b, arguments.layers)
+        load = partial(random_a14b, arguments.layers or RANDOM_LAYERS)
         return WanModel(_A14B, False, False, False, _large_dtype(device), load)
     return _pretrained(arguments, device)
 
@@ -128,6 +135,7 @@ def check_video(arguments: GenerateArguments, model: WanModel, named: Named = fl
             "fewer"
         )
     check_guidance(arguments.guidance_scale, arguments.guidance_scale_2, model.experts, arguments.model, named)
+    check_negative_prompt(arguments.guidance_scale, arguments.negative_prompt, named)
     if arguments.flow_shift is not None and not model.takes_flow_shift:
         raise ValueError(
             f"{named('flow_shift')} {arguments.flow_shift:g}: the scheduler of {arguments.model} has no shift, or does not "
@@ -147,12 +155,8 @@ def check_second_expert(arguments: GenerateArguments, model: WanModel) -> None:
         raise ValueError(
             f"--lora-2 {arguments.lora_2[0]} is for a second expert, which {arguments.model} has not; use --lora"
         )
-    for name, value in (
-        ("topk_2", arguments.sparse.topk_2),
-        ("schedule_2", arguments.sparse.schedule_2),
-        ("schedule_table_2", arguments.sparse.schedule_table_2 or None),
-    ):
-        if value is not None:
+    for name in SECOND_EXPERT:
+        if getattr(arguments.sparse, name) not in (None, ()):
             flag = flag_of(FLAG_PREFIX + name)
             raise ValueError(f"{flag} is for a second expert, which {arguments.model} has not; use {flag[:-2]}")
 

@@ -31,7 +31,7 @@ class ServeArguments:
     """
 
     model: str = _shared("model")
-    layers: int = _shared("layers")
+    layers: int | None = _shared("layers")
     lora: tuple[str, ...] = _shared("lora")
     lora_2: tuple[str, ...] = _shared("lora_2")
     flow_shift: float | None = _shared("flow_shift")
@@ -91,6 +91,8 @@ class ServeArguments:
             raise ValueError(f"--port {self.port} is outside [0, 65535]; give a free port")
         if self.api_key is not None and (not self.api_key.isascii() or not self.api_key.strip()):
             raise ValueError("the API key is empty or not ASCII; give letters, digits and signs")
+        if self.api_key is not None and self.no_api_key:
+            raise ValueError("--no-api-key serves everyone, and --api-key is given; leave out one of them")
         if self.host not in _LOOPBACK and self.api_key is None and not self.no_api_key:
             raise ValueError(
                 f"--host {self.host} can be reached from elsewhere, and there is no API key; set {API_KEY_VARIABLE}, or "
@@ -138,7 +140,7 @@ def parse_serve_arguments(argv: Sequence[str] | None = None) -> ServeArguments:
     """
     given, configured = parse_flags("serve", __doc__, {"": ServeArguments, FLAG_PREFIX: SparseAttentionConfig}, argv)
     given = configured | given
-    if os.environ.get(API_KEY_VARIABLE):
+    if os.environ.get(API_KEY_VARIABLE) and not given.get("no_api_key"):
         given.setdefault("api_key", os.environ[API_KEY_VARIABLE])
     own = {entry.name: given[entry.name] for entry in options_of(ServeArguments) if entry.name in given}
     return ServeArguments(**own, sparse=sparse_config(given))

@@ -133,7 +133,7 @@ class _FirstRank:
             metrics,
             self._keep_s,
             arguments.host,
-            None if arguments.no_api_key else arguments.api_key,
+            arguments.api_key,
         )
         host, port = listener.getsockname()[:2]
         # From here on clients are answered, though the model has yet to load.

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from sp_sparse.generate.fits import check_frames, check_guidance, check_side, size_for_picture
+from sp_sparse.generate.fits import check_frames, check_guidance, check_negative_prompt, check_side, size_for_picture
 from sp_sparse.serve.answers import ApiError, invalid
 from sp_sparse.serve.backend import IMAGE_NEVER, IMAGE_REQUIRED, JobParameters, ModelCard
 from sp_sparse.serve.limits import Limits
@@ -111,6 +111,8 @@ def job_parameters(
         "guidance_scale_2",
         lambda: check_guidance(request.guidance_scale, request.guidance_scale_2, experts, card.name, str),
     )
+    scale = card.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    _refusing("negative_prompt", lambda: check_negative_prompt(scale, request.negative_prompt, str))
     _check_sparse(request, card)
     return JobParameters(
         prompt=request.prompt,
@@ -121,7 +123,7 @@ def job_parameters(
         fps=fps,
         num_inference_steps=steps,
         seed=secrets.randbelow(2**31) if request.seed is None else request.seed,
-        guidance_scale=card.guidance_scale if request.guidance_scale is None else request.guidance_scale,
+        guidance_scale=scale,
         guidance_scale_2=request.guidance_scale_2,
         flow_shift=request.flow_shift,
         sparse_backend=request.sparse_attn_backend,

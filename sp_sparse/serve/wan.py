@@ -225,6 +225,8 @@ class WanBackend:
             config = replace(
                 config, schedule=job.sparse_schedule, schedule_2=None, schedule_table=(), schedule_table_2=()
             )
+        if job.sparse_topk is not None:
+            config.check_read(("topk",))
         return config
 
     def _attach(self, config: SparseAttentionConfig) -> None:

@@ -36,6 +36,7 @@ def _launched(server: RankServer) -> Iterator[RankServer]:
     ("flags", "text"),
     [
         (["--no-such-flag"], "unrecognized arguments: --no-such-flag"),
+        (["--api-key", "k", "--no-api-key"], "--no-api-key serves everyone, and --api-key is given; leave out one"),
         (["--host", "0.0.0.0"], "there is no API key; set SP_SPARSE_API_KEY, or give --no-api-key"),
         (["--port", "65536"], r"--port 65536 is outside \[0, 65535\]"),
         (["--api-key", " "], "the API key is empty"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sp_sparse.attention import SparseAttention
-from sp_sparse.config import SparseAttentionConfig
+from sp_sparse.config import SECOND_EXPERT, SparseAttentionConfig
 from sp_sparse.integrations.diffusers.agree import ForwardAgreement, SchedulerAgreement
 from sp_sparse.integrations.diffusers.caches import CacheAgreement
 from sp_sparse.integrations.diffusers.call import WanCall
@@ -82,6 +82,7 @@ def enable_sparse_attention(
         return handle
     for model in models.values():
         _check_untouched(model)
+    _check_read(config, models)
     standing = Standing()
     halves = GuidanceHalves(mesh, target, standing) if mesh.cfg_degree > 1 else None
     scheduler = SchedulerAgreement(target, mesh.groups, standing) if hasattr(target, "scheduler") else None
@@ -142,6 +143,22 @@ def _transformers(target: Any) -> dict[int, Any]:
             "of these, or leave this one as it is (backend 'none')"
         )
     return models
+
+
+def _check_read(config: SparseAttentionConfig, models: dict[int, Any]) -> None:
+    """Refuse settings for an expert or layers that are not there: nothing would read them."""
+    given = [name for name in SECOND_EXPERT if getattr(config, name) not in (None, ())]
+    if given and 1 not in models:
+        raise ValueError(
+            f"{', '.join(given)} is for a second expert, and there is one transformer; give the pipeline with both, or "
+            f"leave {given[0]} out"
+        )
+    for expert, model in models.items():
+        rows, layers = len(config.schedule_for(expert).table), len(model.blocks)
+        if rows > layers:
+            raise ValueError(
+                f"the schedule table has {rows} rows, and the model {layers} layers; give {layers} at most"
+            )
 
 
 def _shape(model: Any) -> tuple[int, int, int]:

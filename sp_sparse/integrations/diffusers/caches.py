@@ -14,16 +14,15 @@ from torch.distributed import ProcessGroup
 from sp_sparse.integrations.diffusers.agree import plain
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
-# Those that decide from counted steps, texts or the whole latents, of which every rank has the same.
-_ALIKE = (
-    "FasterCacheConfig",
-    "MagCacheConfig",
-    "PyramidAttentionBroadcastConfig",
-    "SeaCacheConfig",
-    "TaylorSeerCacheConfig",
-    "TextKVCacheConfig",
-)
+# Those that decide from counted steps or the whole latents, of which every rank has the same.
+_PYRAMID = "PyramidAttentionBroadcastConfig"
+_ALIKE = ("MagCacheConfig", _PYRAMID, "SeaCacheConfig", "TaylorSeerCacheConfig")
 _FIRST_BLOCK = "FirstBlockCacheConfig"
+# Those that are known to do nothing good for Wan, on one rank either.
+_NOT_FOR_WAN = {
+    "FasterCacheConfig": "wants both guidance branches in one batch, and Wan's pipelines run one after the other",
+    "TextKVCacheConfig": "finds no layer of its own in a Wan transformer, and would change nothing",
+}
 _DECISION = "_should_compute_remaining_blocks"
 
 
@@ -32,7 +31,7 @@ class CacheAgreement:
 
     def __init__(self, model: Any, mesh: SequenceParallelMesh, undo: ExitStack) -> None:
         self._model, self._undo = model, undo
-        self._groups = mesh.sequence_groups
+        self._groups, self._halves, self._on_ranks = mesh.sequence_groups, mesh.cfg_degree > 1, bool(mesh.groups)
 
     def told(self) -> object:
         """What of the cache's settings the ranks can compare."""
@@ -43,22 +42,32 @@ class CacheAgreement:
         """Make the decisions of the cache that is on those of all ranks.
 
         Raises:
-            ValueError: a cache that is not known to decide alike on all ranks.
+            ValueError: a cache that is not known to give the result of one rank.
         """
         config = getattr(self._model, "_cache_config", None)
-        kind = type(config).__name__
-        if self._groups and config is not None and kind not in (*_ALIKE, _FIRST_BLOCK):
-            raise ValueError(
-                f"the cache {kind} may decide otherwise on each of the ranks that share the sequence; use one of "
-                f"{', '.join((_FIRST_BLOCK, *_ALIKE))}, or call disable_cache()"
-            )
-        if self._groups and getattr(config, "calibrate", False):
-            raise ValueError(f"{kind}(calibrate=True) would measure this rank's tokens alone; calibrate it on one rank")
+        if self._on_ranks and config is not None:
+            self._check(config)
         registry = getattr(self._model.blocks[0], "_diffusers_hook", None)
         for hook in () if registry is None else registry.hooks.values():
             if hasattr(hook, _DECISION) and _DECISION not in hook.__dict__:
                 hook.__dict__[_DECISION] = FirstBlockDecision(hook, self._groups)
                 self._undo.callback(hook.__dict__.pop, _DECISION, None)
+
+    def _check(self, config: Any) -> None:
+        kind = type(config).__name__
+        known = (_FIRST_BLOCK, *_ALIKE)
+        remedy = f"use one of {', '.join(known)}, or call disable_cache()"
+        if kind in _NOT_FOR_WAN:
+            raise ValueError(f"the cache {kind} {_NOT_FOR_WAN[kind]}; {remedy}")
+        if kind not in known:
+            raise ValueError(f"the cache {kind} may decide otherwise on each of the ranks; {remedy}")
+        if self._groups and getattr(config, "calibrate", False):
+            raise ValueError(f"{kind}(calibrate=True) would measure this rank's tokens alone; calibrate it on one rank")
+        if kind == _PYRAMID and self._halves:
+            raise ValueError(
+                f"{kind} counts the calls of both guidance branches together, so each half of the ranks would reuse "
+                "others than one rank does; use cfg_degree=1, or another cache"
+            )
 
 
 class FirstBlockDecision:
