@@ -1,0 +1,90 @@
+"""Means and paired differences with bootstrap intervals, and the density that gives equal quality."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+# (prompt, seed) -> a figure of that video
+Values = Mapping[tuple[str, int], float]
+
+RESAMPLES = 10_000
+LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over videos.
+
+    Attributes:
+        mean: of the videos; infinite if one is.
+        low, high: ends of the interval; None with fewer than two prompts or infinite values.
+        count: videos.
+    """
+
+    mean: float
+    low: float | None
+    high: float | None
+    count: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low is not None and self.high is not None and (self.low > 0.0 or self.high < 0.0)
+
+
+def estimate(values: Values) -> Estimate | None:
+    """The mean and its interval by a cluster bootstrap (percentile method, 10,000 resamples, 95 %); None without values.
+
+    Prompts are drawn with replacement, each with all its seeds: videos of one prompt are not independent. The same values
+    give the same interval.
+    """
+    if not values:
+        return None
+    prompts = sorted({prompt for prompt, _ in values})
+    number = {prompt: i for i, prompt in enumerate(prompts)}
+    sums, counts = np.zeros(len(prompts)), np.zeros(len(prompts))
+    for (prompt, _), value in sorted(values.items()):
+        sums[number[prompt]] += value
+        counts[number[prompt]] += 1
+    mean = float(sums.sum() / counts.sum())
+    if len(prompts) < 2 or not math.isfinite(mean):
+        return Estimate(mean, None, None, len(values))
+    low, high = _interval(sums, counts)
+    return Estimate(mean, low, high, len(values))
+
+
+def paired(values: Values, baseline: Values) -> Values:
+    """What each video has more than that of the same prompt and seed in `baseline`; only where both are, and finite."""
+    both = {place: (value, baseline[place]) for place, value in values.items() if place in baseline}
+    return {place: a - b for place, (a, b) in both.items() if math.isfinite(a) and math.isfinite(b)}
+
+
+def density_for(quality: float, curve: Sequence[tuple[float, float]]) -> float | None:
+    """The density at which a curve reaches a quality, interpolated linearly between its points; None outside of them.
+
+    Args:
+        quality: what is to be reached.
+        curve: (density, quality) points.
+
+    Where the curve is not monotone, the lowest density from which on it stays above counts.
+    """
+    points = sorted(point for point in curve if math.isfinite(point[1]))
+    if not points or points[-1][1] < quality or min(value for _, value in points) > quality:
+        return None
+    for (density, value), (next_density, next_value) in reversed(list(zip(points[:-1], points[1:], strict=True))):
+        if value <= quality <= next_value:
+            share = (quality - value) / (next_value - value) if next_value > value else 0.0
+            return density + share * (next_density - density)
+    return points[-1][0] if points[-1][1] == quality else None
+
+
+def _interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
+    clusters = len(sums)
+    draws = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES)
+    means = (draws @ sums) / (draws @ counts)
+    low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
+    return float(low), float(high)
