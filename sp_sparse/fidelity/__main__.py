@@ -27,7 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse_arguments(error)
     first = rank_from_environment() == 0
     be_quiet(first)
-    logging.getLogger("sp_sparse").setLevel(logging.WARNING)  # the kernel stands in every line, and is chosen every time
+    logging.getLogger("sp_sparse").setLevel(
+        logging.WARNING
+    )  # the kernel stands in every line, and is chosen every time
     try:
         from sp_sparse.fidelity.job import measure  # here, for diffusers reads the environment when it is imported
 

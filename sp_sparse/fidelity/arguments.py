@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from sp_sparse import SparseAttentionConfig
-from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags, same_option
 from sp_sparse.fidelity.plan import Baseline, Setting, SettingLists, default_block_size
+from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags, same_option
 from sp_sparse.generate.arguments import GenerateArguments
-
-T = TypeVar("T")
 
 
 def _shared(name: str, **changed: Any) -> Any:
@@ -136,11 +134,6 @@ class FidelityArguments:
         return GenerateArguments(
             **{name: getattr(self, name) for name in shared}, prompt_file=self.prompts, sparse=sparse
         )
-
-    def with_sizes_of(self, filled: GenerateArguments) -> FidelityArguments:
-        """With the model's own values for what is open."""
-        names = ("height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale")
-        return replace(self, **{name: getattr(filled, name) for name in names})
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> FidelityArguments:

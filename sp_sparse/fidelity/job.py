@@ -102,7 +102,9 @@ def _open(
             *(Item(SPARSE, prompt, seed, setting) for setting in settings),
         )
     ]
-    looks = [setting for setting in settings if arguments.masks and setting.density < 1.0 and _leads(setting, arguments)]
+    looks = [
+        setting for setting in settings if arguments.masks and setting.density < 1.0 and _leads(setting, arguments)
+    ]
     missing = frozenset(items) - store.done()
     return Work(
         prompts=prompts,

@@ -63,7 +63,14 @@ def mask_sections(store: ResultStore, summary: Summary, prompt: str) -> list[Mas
         if arrays is None or not len(arrays["places"]):
             continue
         cells = tuple(
-            MaskCell(*(int(n) for n in place), mask_uri(masks), float(covered.mean()), float(covered.min()))
+            MaskCell(
+                int(place[0]),
+                int(place[1]),
+                int(place[2]),
+                mask_uri(masks),
+                float(covered.mean()),
+                float(covered.min()),
+            )
             for place, masks, covered in zip(arrays["places"], arrays["masks"], arrays["covered"], strict=True)
         )
         heads = tuple(int(head) for head in arrays["heads"])
@@ -79,7 +86,7 @@ def mask_table(sections: Sequence[MaskSection], prompt: str) -> Table:
         for section in sections
     )
     note = (
-        f"Softmax mass of the kept blocks, for the prompt {prompt!r} at seed 0: the mean over up to four layers and steps and "
-        "all heads, and the 5th percentile over them. Each setting is looked at along its own video."
+        f"Softmax mass of the kept blocks, for the prompt {prompt!r} at seed 0: the mean over up to four layers and steps "
+        "and all heads, and the 5th percentile over them. Each setting is looked at along its own video."
     )
     return Table("Attention mass covered", note, ("setting", "density", "mean", "5th percentile"), rows)

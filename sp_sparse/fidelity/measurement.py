@@ -18,7 +18,7 @@ from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.fidelity.arguments import FidelityArguments
 from sp_sparse.fidelity.metrics import CaptionCheck, VideoMetrics, check_caption
 from sp_sparse.fidelity.observe import MaskObserver, assemble
-from sp_sparse.fidelity.plan import Setting
+from sp_sparse.fidelity.plan import Setting, labels
 from sp_sparse.fidelity.progress import Progress
 from sp_sparse.fidelity.render import Renderer, other_dense_kernel
 from sp_sparse.fidelity.store import DENSE, FLOOR, SPARSE, Frames, Item, ResultStore
@@ -71,6 +71,7 @@ class Measurement:
         self._metrics = VideoMetrics(ranks.device) if ranks.first else None
         self._reference: tuple[Item, Frames] | None = None
         self._shown: tuple[str, ...] = ()
+        self._labels = labels(arguments.settings)
         if self._metrics is not None and self._metrics.without_lpips is not None:
             ranks.say(f"LPIPS is left out: {self._metrics.without_lpips}")
 
@@ -205,10 +206,12 @@ class Measurement:
             self._store.keep_masks(setting, prompt, assemble(parts, renderer.heads))
 
         ranks.together(lambda: keep() if ranks.first else None)
-        self._progress.step(f"masks of {setting.label}")
+        self._progress.step(f"masks of {self._labels[setting]}")
 
     def _tell(self, line: dict[str, Any], setting: Setting | None) -> None:
-        what = {DENSE: "dense", FLOOR: "dense by another kernel"}.get(line["kind"], "" if setting is None else setting.label)
+        what = {DENSE: "dense", FLOOR: "dense by another kernel"}.get(
+            line["kind"], "" if setting is None else self._labels[setting]
+        )
         figures = f", {_quality(line)}" if line["kind"] != DENSE else ""
         self._progress.step(f"{what}: {line['prompt'][:40]!r} seed {line['seed']}{figures}, {line['seconds']:.1f} s")
         if not line["finite"]:

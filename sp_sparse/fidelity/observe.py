@@ -50,7 +50,7 @@ class _Selection:
 
 
 class MaskObserver(AttentionRecorder):
-    """Records as its base does, and looks at the first call of each chosen place: that of the caption where two are guided."""
+    """Records as its base does, and looks at the first call of each chosen place: of two guided ones the caption's."""
 
     def __init__(self, layers: int, first_step: int, num_steps: int) -> None:
         """Steps from `first_step` on."""

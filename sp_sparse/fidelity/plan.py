@@ -62,11 +62,6 @@ class Setting:
         """All but the density, for which 0 stands: what makes one line of a plot."""
         return replace(self, density=0.0)
 
-    @property
-    def label(self) -> str:
-        """All of it in words."""
-        return _label(self, [entry.name for entry in fields(self)])
-
     def to_json(self) -> dict[str, Any]:
         return {**asdict(self), "block_size": list(self.block_size)}
 
@@ -120,7 +115,8 @@ class SettingLists:
             known = {_told(value): value for value in lists[name]}
             if told not in known:
                 raise ValueError(
-                    f"--baseline {text}: {name} {told!r} is not measured; use one of {', '.join(known)}, or add it to the list"
+                    f"--baseline {text}: {name} {told!r} is not measured; use one of {', '.join(known)}, or add it to "
+                    "its list"
                 )
             parts[name] = known[told]
         return Baseline(parts)
@@ -135,8 +131,12 @@ class Baseline:
     def twin(self, setting: Setting) -> Setting:
         return replace(setting, **self.parts)
 
-    def __str__(self) -> str:
-        return ", ".join(f"{name}={_told(value)}" for name, value in self.parts.items())
+    def told(self, settings: Sequence[Setting]) -> str:
+        """In words, without the parts that all settings share."""
+        varying = {name for name in self.parts if len({getattr(setting, name) for setting in settings}) > 1}
+        return ", ".join(
+            f"{name}={_told(value)}" for name, value in self.parts.items() if name in (varying or self.parts)
+        )
 
 
 def default_block_size(model: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against measured density, a line a variant, as PNGs."""
+"""PSNR and SSIM against measured density below 1, a line a variant, as PNGs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import math
 
 from sp_sparse.fidelity.store import FLOOR
 from sp_sparse.fidelity.summary import Summary
+from sp_sparse.fidelity.tables import told
 
 _AXES = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 
@@ -22,7 +23,7 @@ def _plot(summary: Summary, metric: str) -> bytes:
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
     axes = figure.subplots()
     for name, rows in summary.variants().items():
-        shown = [row for row in rows if math.isfinite(row.mean(metric))]
+        shown = [row for row in rows if math.isfinite(row.mean(metric)) and row.density < 1.0]
         if not shown:
             continue
         densities, means = [row.density for row in shown], [row.mean(metric) for row in shown]
@@ -31,9 +32,12 @@ def _plot(summary: Summary, metric: str) -> bytes:
             found = row.means[metric]
             if found is not None and found.low is not None and found.high is not None:
                 axes.plot([row.density] * 2, [found.low, found.high], color=line.get_color(), linewidth=1, alpha=0.6)
+    axes.autoscale(False)  # a floor far above would press the curves together
     for row in summary.rows:
-        if row.kind == FLOOR and math.isfinite(row.mean(metric)):
-            axes.axhline(row.mean(metric), color="grey", linestyle=":", label="noise floor: another dense kernel")
+        if row.kind == FLOOR:
+            label = f"noise floor (another dense kernel): {told(row.means[metric], 3)}"
+            height = row.mean(metric) if math.isfinite(row.mean(metric)) else axes.get_ylim()[1]
+            axes.axhline(height, color="grey", linestyle=":", label=label)
     axes.set_xlabel("density of the sparse calls, as measured")
     axes.set_ylabel(f"{_AXES[metric]}, to dense attention")
     axes.grid(alpha=0.3)

@@ -42,9 +42,7 @@ def report_files(store: ResultStore, arguments: FidelityArguments, prompts: Sequ
     }
 
 
-def _videos(
-    store: ResultStore, summary: Summary, prompts: Sequence[str], fps: int
-) -> dict[str, list[dict[str, Any]]]:
+def _videos(store: ResultStore, summary: Summary, prompts: Sequence[str], fps: int) -> dict[str, list[dict[str, Any]]]:
     """For each prompt, what is shown of each row of the summary: its label, contact sheet and video at seed 0."""
     shown: dict[str, list[dict[str, Any]]] = {}
     for prompt in prompts:

@@ -63,23 +63,26 @@ def paired(values: Values, baseline: Values) -> Values:
     return {place: a - b for place, (a, b) in both.items() if math.isfinite(a) and math.isfinite(b)}
 
 
-def density_for(quality: float, curve: Sequence[tuple[float, float]]) -> float | None:
-    """The density at which a curve reaches a quality, interpolated linearly between its points; None outside of them.
+def density_for(quality: float, curve: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Between which densities the lowest one lies from which on a curve is at least so good.
+
+    Both are the same where it is interpolated, linearly between two points; (0, lowest) where the whole curve is better,
+    (highest, 1) where its end is worse.
 
     Args:
         quality: what is to be reached.
-        curve: (density, quality) points.
-
-    Where the curve is not monotone, the lowest density from which on it stays above counts.
+        curve: (density, quality) points, at least one.
     """
-    points = sorted(point for point in curve if math.isfinite(point[1]))
-    if not points or points[-1][1] < quality or min(value for _, value in points) > quality:
-        return None
+    points = sorted(curve)
+    if points[-1][1] < quality:
+        return points[-1][0], 1.0
     for (density, value), (next_density, next_value) in reversed(list(zip(points[:-1], points[1:], strict=True))):
-        if value <= quality <= next_value:
-            share = (quality - value) / (next_value - value) if next_value > value else 0.0
-            return density + share * (next_density - density)
-    return points[-1][0] if points[-1][1] == quality else None
+        if value < quality:
+            # From an infinite end on nothing can be interpolated.
+            share = (quality - value) / (next_value - value) if math.isfinite(next_value) else 1.0
+            needed = density + share * (next_density - density)
+            return needed, needed
+    return (points[0][0],) * 2 if points[0][1] == quality else (0.0, points[0][0])
 
 
 def _interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:

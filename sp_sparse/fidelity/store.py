@@ -137,7 +137,7 @@ class ResultStore:
         arrays = _load(self._array_path("frames", item.name))
         return None if arrays is None else arrays["frames"]
 
-    def keep_masks(self, setting: Setting, prompt: str, arrays: Mapping[str, NDArray[Any]]) -> None:
+    def keep_masks(self, setting: Setting, prompt: str, arrays: Mapping[str, Any]) -> None:
         """Store what was seen of the masks of a setting."""
         with self._whole_file(self._array_path("masks", key_of(prompt, setting.to_json()))) as temporary:
             np.savez_compressed(temporary, **arrays)

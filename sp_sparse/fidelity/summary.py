@@ -47,6 +47,23 @@ class Row:
 
 
 @dataclass(frozen=True)
+class EqualQuality:
+    """The density that a variant needs for a quality of its baseline.
+
+    Attributes:
+        variant: in words.
+        density, psnr: of the baseline's twin, as measured.
+        needed: lowest and highest density between which the one lies that gives this PSNR: equal where it was interpolated,
+            0 and the variant's lowest where that is better already, its highest and 1 where that is not good enough.
+    """
+
+    variant: str
+    density: float
+    psnr: float
+    needed: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Summary:
     """Everything that tables, plots and the page tell.
 
@@ -71,25 +88,29 @@ class Summary:
         names = labels(list(found))
         return {names[variant]: rows for variant, rows in found.items()}
 
-    def equal_quality(self) -> list[tuple[str, float, float, float | None]]:
-        """For each variant and each density of its baseline's: (variant, that density, its PSNR, the density needed for it).
-
-        The last is None where the variant's own densities do not enclose it. Measured densities, mean PSNR.
-        """
+    def equal_quality(self) -> list[EqualQuality]:
+        """What each variant needs for the mean PSNR of the baseline's twin, at each of its densities."""
         found = []
         by_setting = {row.setting: row for row in self.settings}
         for name, rows in self.variants().items():
-            twins = []
+            curve = [(row.density, row.mean("psnr")) for row in rows]
             for row in rows:
                 assert row.setting is not None
-                twins.append(by_setting.get(self.baseline.twin(row.setting)))
-            curve = [(row.density, row.mean("psnr")) for row in rows]
-            found += [
-                (name, twin.density, twin.mean("psnr"), density_for(twin.mean("psnr"), curve))
-                for twin, row in zip(twins, rows, strict=True)
-                if twin is not None and twin is not row and math.isfinite(twin.mean("psnr"))
-            ]
+                twin = by_setting.get(self.baseline.twin(row.setting))
+                if (
+                    twin is not None
+                    and twin is not row
+                    and twin.density < 1.0
+                    and math.isfinite(psnr := twin.mean("psnr"))
+                ):
+                    found.append(EqualQuality(name, twin.density, psnr, density_for(psnr, curve)))
         return found
+
+    @property
+    def baseline_told(self) -> str:
+        """What gains are over, without the parts that all settings share."""
+        settings = [row.setting for row in self.settings if row.setting is not None]
+        return self.baseline.told(settings)
 
 
 def summarize(lines: Sequence[Mapping[str, Any]], baseline: Baseline) -> Summary:
@@ -98,8 +119,9 @@ def summarize(lines: Sequence[Mapping[str, Any]], baseline: Baseline) -> Summary
     for line in lines:
         key = line["kind"] if line["setting"] is None else Setting.from_json(line["setting"])
         groups.setdefault(key, []).append(line)
-    settings = sorted(key for key in groups if isinstance(key, Setting))
-    names: dict[str | Setting, str] = {DENSE: "dense", FLOOR: "dense by another kernel", **labels(settings)}
+    settings = _in_order([key for key in groups if isinstance(key, Setting)])
+    names: dict[str | Setting, str] = {DENSE: "dense", FLOOR: "dense by another kernel"}
+    names |= dict(labels(settings).items())
     ordered: list[str | Setting] = [key for key in (DENSE, FLOOR) if key in groups]
     values = {key: {metric: _values(groups[key], metric) for metric in METRICS} for key in (*ordered, *settings)}
     rows = []
@@ -120,6 +142,12 @@ def summarize(lines: Sequence[Mapping[str, Any]], baseline: Baseline) -> Summary
             )
         )
     return Summary(tuple(rows), baseline)
+
+
+def _in_order(settings: Sequence[Setting]) -> list[Setting]:
+    """Variants as they were first measured, each by ascending density."""
+    variants = list(dict.fromkeys(setting.variant for setting in settings))
+    return sorted(settings, key=lambda setting: (variants.index(setting.variant), setting.density))
 
 
 def _values(lines: Sequence[Mapping[str, Any]], metric: str) -> Values:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sp_sparse.fidelity.statistics import Estimate
@@ -58,7 +57,7 @@ def quality_table(summary: Summary) -> Table:
     note = (
         "Against the model's own dense attention from the same noise. Density: of sparse calls, as measured. In brackets: "
         "95 % intervals by bootstrap over prompts, each with all its seeds. Δ: paired difference at the same prompts and "
-        f"seeds to the setting with {summary.baseline}; * where its interval excludes 0. Seconds: of denoising, median."
+        f"seeds to the setting with {summary.baseline_told}; * where its interval excludes 0. Seconds: of denoising, median."
     )
     return Table("Quality", note, tuple(header), tuple(rows))
 
@@ -66,14 +65,20 @@ def quality_table(summary: Summary) -> Table:
 def equal_quality_table(summary: Summary) -> Table:
     """The density that each variant needs for the baseline's mean PSNR."""
     rows = [
-        (name, f"{density:.3f}", f"{psnr:.2f}", NONE if needed is None else f"{needed:.3f}")
-        for name, density, psnr, needed in summary.equal_quality()
+        (equal.variant, f"{equal.density:.3f}", f"{equal.psnr:.2f}", _told_needed(*equal.needed))
+        for equal in summary.equal_quality()
     ]
     note = (
-        f"What each variant needs for the mean PSNR of the one with {summary.baseline}, interpolated between its own "
-        f"densities; {NONE} where they do not enclose it."
+        f"The density from which on each variant has at least the mean PSNR of the one with {summary.baseline_told}, "
+        "interpolated between the densities that were measured."
     )
     return Table("Density for equal quality", note, ("variant", "baseline's density", "PSNR dB", "needs"), tuple(rows))
+
+
+def _told_needed(low: float, high: float) -> str:
+    if low == high:
+        return f"{low:.3f}"
+    return f"below {high:.3f}" if low == 0.0 else f"above {low:.3f}"
 
 
 def told(found: Estimate | None, digits: int, signed: bool = False) -> str:
@@ -83,8 +88,11 @@ def told(found: Estimate | None, digits: int, signed: bool = False) -> str:
     sign = "+" if signed else ""
     if math.isinf(found.mean):
         return "∞"
-    mean = f"{found.mean:{sign}.{digits}f}"
-    if found.low is None:
+    # + 0.0: no zero has a sign.
+    mean, *ends = (
+        f"{round(x, digits) + 0.0:{sign}.{digits}f}" for x in (found.mean, found.low, found.high) if x is not None
+    )
+    if not ends:
         return mean
     star = "*" if signed and found.excludes_zero else ""
-    return f"{mean}{star} [{found.low:{sign}.{digits}f}, {found.high:{sign}.{digits}f}]"
+    return f"{mean}{star} [{', '.join(ends)}]"
