@@ -4,7 +4,8 @@
 
 For every mesh of the ranks and every grid it compares, on every rank: the block masks bit for bit with those of a single
 device; the output with that of a single device; and sampled rows with float64 dense attention under the expanded mask,
-beside the error of attention in the same precision. It prints one table and, with --output, JSON lines.
+beside the error of attention in the same precision. What a mask leaves out counts as --remainder says. It prints one table
+and, with --output, JSON lines.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 
 sys.path[0] = str(Path(__file__).resolve().parents[1])  # a script's own folder stands here; `launch` lies above it
@@ -33,6 +35,7 @@ from sp_sparse import (  # noqa: E402
     SparseAttentionConfig,
     VideoGrid,
 )
+from sp_sparse.config import REMAINDERS  # noqa: E402
 from sp_sparse.generate.ranks import Ranks  # noqa: E402
 
 
@@ -49,6 +52,7 @@ class Result:
     head_dim: int
     density: float
     kernel: str
+    remainder: str
     masks_identical: bool
     error_against_one_device: float
     error_against_float64: float
@@ -92,6 +96,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--topk", nargs="+", type=float, default=[0.3])
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--kv-exchange", choices=("ring", "all_gather"), default="ring")
+    parser.add_argument("--remainder", choices=REMAINDERS, default="drop")
     parser.add_argument("--token-order", default="hilbert")
     parser.add_argument("--block-size", type=int, default=128)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
@@ -131,6 +136,7 @@ def _check(
         token_order=arguments.token_order,
         block_size=size,
         kv_exchange=arguments.kv_exchange,
+        remainder=arguments.remainder,
     )
     q, k, v = _inputs(grid, arguments.heads, arguments.head_dim, getattr(torch, arguments.dtype), device)
     kept = {name: AttentionRecorder(keep_masks=True) for name in ("one", "mesh")}
@@ -157,7 +163,7 @@ def _check(
     first_head = sum(heads[: mesh.ulysses_rank])
     wanted = mask[:, first_head : first_head + heads[mesh.ulysses_rank], start // size[0] : -(-stop // size[0])]
     same = torch.equal(kept["mesh"].masks[0][-1].to_dense(), wanted)
-    against_64, same_precision = _sampled_errors(q, k, v, mask, out, (first, last), size)
+    against_64, same_precision = _sampled_errors(q, k, v, mask, out, (first, last), size, arguments.remainder)
     numbers = [0.0 if same else 1.0, _relative(out, expected[:, first:last]), against_64, same_precision]
     del expected, mask, kept["one"].masks[:]
     one = layer(SequenceParallelMesh(), None)
@@ -176,28 +182,56 @@ def _check(
     different, *errors = worst.tolist()
     return Result(
         "invariant", mesh.sequence_degree, mesh.ulysses_degree, mesh.ring_degree, grid.num_tokens, arguments.heads,
-        arguments.head_dim, topk, kernel, different == 0.0, *errors,
+        arguments.head_dim, topk, kernel, arguments.remainder, different == 0.0, *errors,
     )  # fmt: skip
 
 
 def _sampled_errors(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, out: Tensor, held: tuple[int, int], size: tuple[int, int]
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    out: Tensor,
+    held: tuple[int, int],
+    size: tuple[int, int],
+    remainder: str,
 ) -> tuple[float, float]:
     """Errors against float64 of some of this rank's rows and heads: ours, and those of attention in the same precision."""
-    length, heads, head_dim = q.shape[1:]
+    heads = q.shape[2]
     rows = torch.linspace(held[0], held[1] - 1, 192, device=q.device).long()
     ours, same, exact = [], [], []
     for head in range(0, heads, max(1, heads // 4)):
-        allowed = mask[0, head, rows // size[0]].repeat_interleave(size[1], 1)[:, :length]
-        scores = q[0, rows, head].double() @ k[0, :, head].double().T * head_dim**-0.5
-        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1)
-        exact.append(weights @ v[0, :, head].double())
-        scores = (q[0, rows, head].float() @ k[0, :, head].float().T) * head_dim**-0.5
-        weights = scores.masked_fill(~allowed, float("-inf")).softmax(-1).to(q.dtype)
-        same.append(weights @ v[0, :, head])
+        chosen = mask[0, head, rows // size[0]]
+        queries, keys, values = q[0, rows, head], k[0, :, head], v[0, :, head]
+        exact.append(_attend(queries.double(), keys.double(), values.double(), chosen, size[1], remainder))
+        same.append(_attend(queries, keys, values, chosen, size[1], remainder))
         ours.append(out[0, rows - held[0], head])
     expected = torch.stack(exact)
     return _relative(torch.stack(ours), expected), _relative(torch.stack(same), expected)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, chosen: Tensor, block: int, remainder: str) -> Tensor:
+    """Rows `[R, D]` over `[S, D]` keys and values of which each row attends the blocks `chosen`, `[R, Nk]`; what is left out
+    as `remainder` says. Scores and the softmax are in fp32 for lower precisions."""
+    length, head_dim = key.shape
+    compute = torch.promote_types(key.dtype, torch.float32)
+    scale = head_dim**-0.5
+    allowed = chosen.repeat_interleave(block, 1)[:, :length]
+    scores = (query.to(compute) @ key.to(compute).T * scale).masked_fill(~allowed, float("-inf"))
+    if remainder == "drop":
+        return scores.softmax(-1).to(value.dtype) @ value
+    tokens = torch.full((chosen.shape[1],), block, dtype=compute, device=key.device)
+    tokens[-1] = length - (chosen.shape[1] - 1) * block
+    padded = [F.pad(x.to(compute), (0, 0, 0, -length % block)).unflatten(0, (-1, block)) for x in (key, value)]
+    means = [(x.sum(1) / tokens[:, None]).to(key.dtype) for x in padded]
+    rest = query.to(compute) @ means[0].to(compute).T * scale + tokens.log()
+    weights = torch.cat([scores, rest.masked_fill(chosen, float("-inf"))], 1).softmax(-1)
+    out = weights.to(value.dtype) @ torch.cat([value, means[1]])
+    if remainder == "linear":
+        centred = key.to(compute) - means[0].to(compute).repeat_interleave(block, 0)[:length]
+        slope = centred.T @ value.to(compute) * (scale / length)
+        out = out + (weights[:, length:].sum(1, keepdim=True) * (query.to(compute) @ slope)).to(value.dtype)
+    return out
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:

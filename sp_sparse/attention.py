@@ -23,6 +23,8 @@ from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.recorder import AttentionRecorder
+from sp_sparse.remainder.attend import add_remainder
+from sp_sparse.remainder.means import BlockMeans, block_means
 from sp_sparse.selection.base import SelectionRequest, Selector
 from sp_sparse.selection.registry import load_selector
 from sp_sparse.selection.static import StaticPlans
@@ -163,7 +165,11 @@ class SparseAttention:
         # All heads of this rank, or chunk by chunk where that hides communication.
         for q, k, v, ring_shards in exchange:
             mask = None if density >= 1.0 else self._select(q, k, grid, ring_shards, density)
-            exchange.give_back(self.strategy.attend(attend, q, k, v, mask, ring_shards))
+            means = None if mask is None else self._left_out(k, v, ring_shards)
+            out, lse = self.strategy.attend(attend, q, k, v, mask, ring_shards)
+            if mask is not None and means is not None:
+                out = add_remainder(out, lse, q, means, mask, scale)
+            exchange.give_back(out)
             masks.append(mask)
         if self.recorder is not None:
             self.recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
@@ -201,7 +207,8 @@ class SparseAttention:
     def _agreed_kernel(self, device: torch.device, dtype: torch.dtype, groups: Sequence[ProcessGroup]) -> Kernel:
         if (device, dtype) not in self._kernels:
             config = self.config
-            request = KernelRequest(device, dtype, self.head_dim, config.block_size, self.mesh.ring_degree > 1)
+            needs_lse = self.mesh.ring_degree > 1 or config.remainder != "drop"
+            request = KernelRequest(device, dtype, self.head_dim, config.block_size, needs_lse)
             reasons = every_value(auto_reasons(request), groups) if config.backend == "auto" else None
             # All layers choose alike: the first tells.
             self._kernels[device, dtype] = _on_all_ranks(
@@ -221,6 +228,16 @@ class SparseAttention:
             query.shape[0], query.shape[2], query_range, shards.sequence_length, density, static, grid
         )
         return self.selector.select(queries, keys, request)
+
+    def _left_out(self, key: Tensor, value: Tensor, shards: SequenceShards) -> BlockMeans | None:
+        """What stands for key blocks that a mask leaves out, of the whole sequence, for the heads of this rank."""
+        config = self.config
+        if config.remainder == "drop":
+            return None
+        block = config.block_size[1]
+        means = block_means(key, value, block, linear=config.remainder == "linear")
+        tokens = self.strategy.gather_blocks(means.tokens, shards, block)
+        return BlockMeans(tokens, None if means.slope is None else self.strategy.sum_shards(means.slope))
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor, grid: VideoGrid, shards: SequenceShards) -> None:
         if query.ndim != 4 or query.shape[2:] != (self.num_heads, self.head_dim):
@@ -248,7 +265,9 @@ class SparseAttention:
 def _load(config: SparseAttentionConfig, mesh: SequenceParallelMesh) -> Selector:
     """The selector, once the kernel has been found to load."""
     if mesh.ring_degree > 1:
-        check_returns_lse(config.backend)
+        check_returns_lse(config.backend, "ring parallelism needs to merge its hops", "ring_degree=1")
+    elif config.remainder != "drop":
+        check_returns_lse(config.backend, f"remainder={config.remainder!r} needs to be merged", "remainder='drop'")
     elif config.backend != "auto":
         load_kernel(config.backend)
     return load_selector(config)

@@ -14,6 +14,7 @@ from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
 KV_EXCHANGES = ("ring", "all_gather")
+REMAINDERS = ("drop", "mean", "linear")
 
 # Of the names of the flags: `topk` is `--sparse-attn-topk`.
 FLAG_PREFIX = "sparse_attn_"
@@ -76,6 +77,12 @@ class SparseAttentionConfig:
         "topk",
         "topk (highest scores of mean queries and keys), window (only the blocks always kept), the name of another "
         "package's selector, or package.module:Class",
+    )
+    remainder: str = option(
+        "drop",
+        "the blocks that are not kept: drop (left out), mean (as their mean key and value), linear (and how values move "
+        "with keys, one matrix a head)",
+        choices=REMAINDERS,
     )
     keep_diagonal: bool = option(True, "always keep the key blocks at the query block's own place", _flag_bool)
     keep_first_frame: bool = option(False, "always keep the key blocks that hold tokens of the first frame", _flag_bool)

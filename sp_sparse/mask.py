@@ -71,6 +71,11 @@ class BlockMask:
     def num_key_blocks(self) -> int:
         return num_blocks(self.key_length, self.block_size[1])
 
+    @property
+    def last_key_tokens(self) -> int:
+        """Tokens of the last key block, which may be short; there must be one."""
+        return self.key_length - (self.num_key_blocks - 1) * self.block_size[1]
+
     @classmethod
     def from_dense(cls, dense: Tensor, block_size: tuple[int, int], query_length: int, key_length: int) -> BlockMask:
         """Build from a bool mask over blocks, `[B, H, Nq, Nk]`."""
@@ -97,6 +102,14 @@ class BlockMask:
         dense = torch.zeros(*self.counts.shape, spare + 1, dtype=torch.bool, device=self.indices.device)
         columns = torch.where(self._used(), self.indices, spare).long()
         return dense.scatter_(-1, columns, True)[..., :spare]
+
+    def query_rows(self, first: int, last: int) -> BlockMask:
+        """The mask of the query blocks `[first, last)` alone."""
+        size = self.block_size[0]
+        length = min(last * size, self.query_length) - first * size
+        return replace(
+            self, indices=self.indices[:, :, first:last], counts=self.counts[:, :, first:last], query_length=length
+        )
 
     def split_keys(self, edges: Sequence[int]) -> tuple[BlockMask, ...]:
         """Cut into the masks of consecutive key ranges, in one pass over the table.

@@ -25,17 +25,18 @@ LAYERS = {
         ("mask", "config", "schedule", "video", "recorder", "flags", "plugins", "device", "recent", "triton_split"),
         BASE,
     ),
-    **{name: name for name in (*SIBLINGS, "attention", "integrations", "generate", "serve")},
+    **{name: name for name in (*SIBLINGS, "remainder", "attention", "integrations", "generate", "serve")},
     "": "package",
 }
 HEIGHTS = {
     BASE: 0,
     **dict.fromkeys(SIBLINGS, 1),
-    "attention": 2,
-    "package": 3,
-    "integrations": 4,
-    "generate": 5,
-    "serve": 6,
+    "remainder": 2,
+    "attention": 3,
+    "package": 4,
+    "integrations": 5,
+    "generate": 6,
+    "serve": 7,
 }
 
 # Packages beside the standard library; a layer that is not named here imports what it likes.
@@ -44,6 +45,7 @@ THIRD_PARTY = {
     "selection": {"torch", "numpy", "triton"},
     "kernels": {"torch", "numpy", "triton", "flash_attn", "flashinfer"},
     "parallel": {"torch", "numpy", "triton", "yunchang"},
+    "remainder": {"torch", "triton"},
     "attention": {"torch"},
     "package": set(),
     "integrations": {"torch", "diffusers", "vllm", "vllm_omni", "aenum"},

@@ -74,7 +74,7 @@ def test_attention_on_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str
     sparse = rows[2]
     assert sparse["sequence"] == 256
     assert sparse["speedup"] == pytest.approx(rows[0]["ms_median"] / sparse["ms_median"], abs=1e-3)
-    parts = sum(sparse[f"ms_{part}"] for part in ("kernel", "means", "scores", "topk", "split", "other"))
+    parts = sum(sparse[f"ms_{part}"] for part in ("kernel", "means", "scores", "topk", "split", "remainder", "other"))
     assert parts == pytest.approx(sparse["ms_median"], abs=1e-3)
     assert sparse["ms_split"] == 0.0 < sparse["ms_split_in_two"]
     overhead = 100 * (sparse["ms_median"] - sparse["ms_kernel"]) / sparse["ms_kernel"]
@@ -83,6 +83,20 @@ def test_attention_on_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4
     assert len({len(line) for line in table}) == 1
+
+
+def test_a_remainder_is_measured_beside_the_layer_without(tmp_path: Path) -> None:
+    output = tmp_path / "results.jsonl"
+    flags = [*ATTENTION, "--densities", "0.3", "--remainders", "drop", "linear"]
+    run_ranks(2, _rank_measures, [*flags, "--output", str(output)])
+    rows = [r for r in _read(output) if r["kernel"].startswith("reference")]
+    assert [(r["ulysses"], r["ring"], r["kernel"], r.get("remainder")) for r in rows] == [
+        (u, r, *kind)
+        for u, r in ((1, 1), (2, 1), (1, 2))
+        for kind in (("reference", None), ("reference+linear", "linear"))
+    ]
+    assert all((r["ms_remainder"] > 0) == ("remainder" in r) for r in rows)
+    assert rows[3]["parallel_efficiency"] == pytest.approx(rows[1]["ms_median"] / (2 * rows[3]["ms_median"]), abs=1e-3)
 
 
 def test_attention_on_four_ranks(tmp_path: Path) -> None:

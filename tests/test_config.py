@@ -29,6 +29,7 @@ FLAGS: list[tuple[str, str, Any]] = [
     ("dense_steps", "3", 3),
     ("dense_layers", "2", 2),
     ("selector", "window", "window"),
+    ("remainder", "linear", "linear"),
     ("keep_diagonal", "false", False),
     ("keep_first_frame", "true", True),
     ("window", "2", 2),

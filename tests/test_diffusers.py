@@ -79,6 +79,23 @@ def test_pipeline_is_the_same_on_every_mesh(family: str, ulysses: int, ring: int
     run_ranks(ulysses * ring * cfg, _check_family, family, ulysses, ring, cfg)
 
 
+def _check_remainder(rank: int, expected: Tensor, ulysses: int, ring: int, cfg: int) -> None:
+    pipe = tiny_pipeline("t2v")
+    enable_sparse_attention(pipe, replace(CONFIG, remainder="linear"), SequenceParallelMesh(ulysses, ring, cfg))
+    assert relative_error(run(pipe, **RAGGED), expected) < 2e-5
+
+
+def test_a_remainder_is_the_same_on_every_mesh() -> None:
+    pipe = tiny_pipeline("t2v")
+    with enable_sparse_attention(pipe, replace(CONFIG, remainder="linear")):
+        expected = run(pipe, **RAGGED)
+    dense = run(pipe, **RAGGED)
+    assert relative_error(expected, _single("t2v", True)) > 1e-3
+    assert 1e-3 < relative_error(expected, dense) < relative_error(_single("t2v", True), dense)
+    for mesh in ((2, 1, 1), (1, 3, 1), (2, 2, 1), (1, 2, 2)):
+        run_ranks(mesh[0] * mesh[1] * mesh[2], _check_remainder, expected, *mesh)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_schedule_follows_the_pipelines_steps(family: str) -> None:
     """Image-to-video tells cache_context no step: it comes from the scheduler there."""
@@ -161,7 +178,7 @@ def test_lora_and_fused_projections() -> None:
 @pytest.mark.parametrize("fullgraph", [False, True])
 def test_compiled_blocks_do_not_recompile_from_step_to_step(fullgraph: bool) -> None:
     pipe = tiny_pipeline("t2v")
-    enable_sparse_attention(pipe, replace(CONFIG, schedule="aggressive"))
+    enable_sparse_attention(pipe, replace(CONFIG, schedule="aggressive", remainder="linear" if fullgraph else "drop"))
     expected = run(pipe)
     compiled: list[int] = []
 

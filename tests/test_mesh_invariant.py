@@ -26,6 +26,7 @@ from sp_sparse.parallel.strategy import SequenceParallelStrategy
 from sp_sparse.video import token_order
 from tests.oracle import assert_close, block_rows, expand, masked_attention, relative_error
 from tests.ranks import run_ranks
+from tests.remainder_oracle import attention_with_remainder
 
 MESHES = [(1, 1), (2, 1), (1, 2), (3, 1), (1, 3), (4, 1), (1, 4), (2, 2), (2, 4), (4, 2), (1, 8)]
 
@@ -51,6 +52,19 @@ CASES = {
     ),
     "static-window": (replace(BASE, selector="window", window=2, keep_diagonal=True), VideoGrid(3, 11, 10), 7, 1),
     "wide-keys": (replace(BASE, block_size=(8, 24), topk=0.4), VideoGrid(3, 9, 11), 5, 1),
+    "mean-of-the-rest": (replace(BASE, remainder="mean", topk=0.2), VideoGrid(5, 7, 9), 5, 2),
+    "linear-rest-tile": (
+        replace(BASE, remainder="linear", token_order="tile", keep_diagonal=True, block_size=(32, 8), topk=0.1),
+        VideoGrid(6, 5, 9),
+        5,
+        1,
+    ),
+    "linear-rest-of-the-diagonal": (
+        replace(BASE, remainder="linear", selector="window", keep_diagonal=True, block_size=(8, 24)),
+        VideoGrid(3, 9, 11),
+        4,
+        1,
+    ),
     "one-block-each": (replace(BASE, topk=0.001, block_size=(16, 32)), VideoGrid(4, 9, 9), 4, 1),
 }
 
@@ -85,11 +99,15 @@ def test_single_device_equals_float64_dense(name: str) -> None:
     config, grid, heads, batch = CASES[name]
     out, mask = _single(config, grid, heads, batch)
     q, k, v = _inputs(grid, heads, batch, config.token_order)
-    tokens = expand(mask, config.block_size, grid.num_tokens, grid.num_tokens)
-    expected, _ = masked_attention(q, k, v, tokens, 0.25)
-    same_precision, _ = masked_attention(q, k, v, tokens, 0.25, torch.float32)
+    expected, same_precision = (_dense(config, q, k, v, mask, dtype) for dtype in (torch.float64, torch.float32))
     assert_close(out, expected, relative_error(same_precision, expected))
     assert 0 < mask.double().mean() < 0.75, "the case is dense: it would not see a wrong block"
+
+
+def _dense(config: SparseAttentionConfig, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    if config.remainder != "drop":
+        return attention_with_remainder(q, k, v, mask, config.block_size, 0.25, config.remainder == "linear", dtype)
+    return masked_attention(q, k, v, expand(mask, config.block_size, q.shape[1], k.shape[1]), 0.25, dtype)[0]
 
 
 def _check_layer(rank: int, ulysses: int, ring: int) -> None:
@@ -178,7 +196,7 @@ def _check_masks(rank: int, ulysses: int, ring: int) -> None:
             for kind in (SequenceParallelStrategy, AllGatherKVStrategy):
                 # What is not written must not be read: fresh buffers hold NaN.
                 with mock.patch.object(Tensor, "new_empty", _new_nan):
-                    out = kind(mesh, strategy.block).attend(attend, ql, kl, vl, mask, ring_shards)
+                    out = kind(mesh, strategy.block).attend(attend, ql, kl, vl, mask, ring_shards)[0]
                 out = strategy.post_attention(out, context)[:, : last - first]
                 if last > first:
                     # A shard may hold fewer values than the whole: compare with the whole's error, on its scale.

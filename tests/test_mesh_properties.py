@@ -14,9 +14,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SequenceShards, SparseAttention, SparseAttentionConfig
+from sp_sparse.config import REMAINDERS
 from sp_sparse.video import TOKEN_ORDERS, VideoGrid
 from tests.oracle import block_rows, expand, masked_attention, relative_error
 from tests.ranks import run_ranks
+from tests.remainder_oracle import attention_with_remainder
 
 SIDES = st.integers(1, 9)
 
@@ -34,6 +36,7 @@ def configurations(draw: st.DrawFn) -> SparseAttentionConfig:
         block_size=(draw(st.sampled_from([8, 16, 24])), draw(st.sampled_from([8, 16, 32]))),
         token_order=draw(st.sampled_from(TOKEN_ORDERS)),
         kv_exchange=draw(st.sampled_from(["ring", "all_gather"])),
+        remainder=draw(st.sampled_from(REMAINDERS)),
         selector=draw(st.sampled_from(["topk", "window"])) if keep_diagonal else "topk",
     )
 
@@ -101,7 +104,11 @@ def _same_on_the_mesh(example: Example, mesh: SequenceParallelMesh) -> None:
     expected = alone(q, k, v, grid=grid)
     mask = recorder.masks[0][-1].to_dense()
     tokens = expand(mask, config.block_size, grid.num_tokens, grid.num_tokens)
-    exact, _ = masked_attention(q, k, v, tokens, 8**-0.5)
+    if config.remainder == "drop":
+        exact, _ = masked_attention(q, k, v, tokens, 8**-0.5)
+    else:
+        linear = config.remainder == "linear"
+        exact = attention_with_remainder(q, k, v, mask, config.block_size, 8**-0.5, linear)
     assert relative_error(expected, exact) < 5e-6
 
     recorder = AttentionRecorder(keep_masks=True)

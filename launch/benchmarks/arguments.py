@@ -6,11 +6,12 @@ import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from itertools import product
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from sp_sparse import SequenceParallelMesh
-from sp_sparse.config import KV_EXCHANGES
+from sp_sparse.config import KV_EXCHANGES, REMAINDERS
 from sp_sparse.kernels.registry import load_kernel
 from sp_sparse.video import TOKEN_ORDERS, VideoGrid
 
@@ -29,17 +30,31 @@ def every_mesh(world: int) -> tuple[Mesh, ...]:
 
 
 @dataclass(frozen=True)
+class Run:
+    """One setting of the layer that is measured on every mesh."""
+
+    backend: str
+    density: float
+    remainder: str = "drop"
+
+    def __str__(self) -> str:
+        return self.backend if self.remainder == "drop" else f"{self.backend}, {self.remainder} remainder"
+
+
+@dataclass(frozen=True)
 class RunArguments:
     """What every measurement on ranks takes; each field is a flag.
 
     Attributes:
         densities: shares of key blocks, descending.
         backends: kernels, as `--sparse-attn-backend` takes them.
+        remainders: what is made of blocks that are not kept.
         meshes: (Ulysses degree, ring degree) pairs; empty for all of the ranks.
     """
 
     densities: tuple[float, ...]
     backends: tuple[str, ...]
+    remainders: tuple[str, ...]
     meshes: tuple[tuple[int, int], ...]
     heads: int
     head_dim: int
@@ -71,10 +86,11 @@ class RunArguments:
         timeout = timedelta(seconds=self.timeout_s)
         return [SequenceParallelMesh(u, r, timeout=timeout) for u, r in self.meshes_of(world)]
 
-    def runs(self) -> list[tuple[str, float]]:
-        """(backend, density) of every measurement on a mesh; dense attention once, for it is the same under all."""
-        dense = [("auto", density) for density in self.densities if density >= 1.0]
-        return dense + [(backend, d) for backend in self.backends for d in self.densities if d < 1.0]
+    def runs(self) -> list[Run]:
+        """Every measurement on a mesh; dense attention once, for it is the same under all."""
+        dense = [Run("auto", density) for density in self.densities if density >= 1.0]
+        sparse = [density for density in self.densities if density < 1.0]
+        return dense + [Run(*run) for run in product(self.backends, sparse, self.remainders)]
 
     def meshes_of(self, world: int) -> tuple[tuple[int, int], ...]:
         """One rank alone first, for the others are compared with it; then what was asked for, by default every mesh.
@@ -198,6 +214,9 @@ def _add_run_flags(parser: argparse.ArgumentParser, repeat: int, warmup: int) ->
         "--densities", nargs="+", type=_density, default=[1.0, 0.7, 0.5, 0.3, 0.1], help="shares of key blocks kept"
     )
     parser.add_argument("--backends", nargs="+", default=["auto"], help="kernels, as --sparse-attn-backend takes them")
+    parser.add_argument(
+        "--remainders", nargs="+", choices=REMAINDERS, default=["drop"], help="of blocks that are not kept"
+    )
     parser.add_argument("--meshes", nargs="+", type=pair, default=[], help="UxR (default: all of the ranks)")
     parser.add_argument("--heads", type=positive, default=40)
     parser.add_argument("--head-dim", type=positive, default=128)

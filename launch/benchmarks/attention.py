@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from launch.benchmarks.arguments import AttentionArguments
+from launch.benchmarks.arguments import AttentionArguments, Run
 from launch.benchmarks.breakdown import measure_breakdown
 from launch.benchmarks.inputs import Inputs, make_layer, shard_inputs
 from launch.benchmarks.results import Measurement, speedup
@@ -39,8 +39,8 @@ class _GridBenchmark:
         self._session, self._arguments, self._grid = session, arguments, grid
         self._timer = Timer(session.ranks, arguments.warmup, arguments.repeat)
         self._one_rank_dense: Measurement | None = None
-        # (backend, density) -> on one rank
-        self._one_rank: dict[tuple[str, float], Measurement] = {}
+        # On one rank.
+        self._one_rank: dict[Run, Measurement] = {}
 
     def measure(self, meshes: list[SequenceParallelMesh]) -> None:
         arguments, ranks = self._arguments, self._session.ranks
@@ -49,13 +49,13 @@ class _GridBenchmark:
             inputs = [shard_inputs(arguments, mesh, self._grid, ranks, n) for n in range(arguments.input_sets)]
             if mesh.sequence_degree == 1:
                 self._measure_baselines(inputs)
-            dense = self._measure_layer(mesh, inputs, "auto", 1.0, self._one_rank_dense)
+            dense = self._measure_layer(mesh, inputs, Run("auto", 1.0), self._one_rank_dense)
             # One rank has a stronger baseline than the layer's own dense attention.
             baseline = self._one_rank_dense if mesh.sequence_degree == 1 else dense
             exchanges = arguments.kv_exchanges if mesh.ring_degree > 1 else ("ring",)
-            for backend, density in arguments.runs():
-                for exchange in exchanges if density < 1.0 else ():
-                    self._measure_layer(mesh, inputs, backend, density, baseline, exchange)
+            for run in arguments.runs():
+                for exchange in exchanges if run.density < 1.0 else ():
+                    self._measure_layer(mesh, inputs, run, baseline, exchange)
 
     def _measure_baselines(self, inputs: list[Inputs]) -> None:
         for name, dense in dense_baselines(self._session.ranks.device).items():
@@ -77,49 +77,50 @@ class _GridBenchmark:
         self,
         mesh: SequenceParallelMesh,
         inputs: list[Inputs],
-        backend: str,
-        density: float,
+        run: Run,
         baseline: Measurement | None,
         exchange: str = "ring",
     ) -> Measurement | None:
-        kind = f"{mesh.ulysses_degree}x{mesh.ring_degree} {backend}{', all-gather' if exchange != 'ring' else ''}"
+        kind = f"{mesh.ulysses_degree}x{mesh.ring_degree} {run}{', all-gather' if exchange != 'ring' else ''}"
         measured = self._session.measure(
-            f"layer {kind} {self._grid.num_tokens} tokens, density {density:g}",
-            lambda: self._layer_measurement(mesh, inputs, backend, density, baseline, exchange),
+            f"layer {kind} {self._grid.num_tokens} tokens, density {run.density:g}",
+            lambda: self._layer_measurement(mesh, inputs, run, baseline, exchange),
         )
         if measured is not None and mesh.sequence_degree == 1:
-            self._one_rank[backend, density] = measured
+            self._one_rank[run] = measured
         return measured
 
     def _layer_measurement(
         self,
         mesh: SequenceParallelMesh,
         inputs: list[Inputs],
-        backend: str,
-        density: float,
+        run: Run,
         baseline: Measurement | None,
         exchange: str,
     ) -> Measurement:
         recorder = AttentionRecorder()
-        make_layer(self._arguments, mesh, backend, density, exchange, recorder)(*inputs[0], grid=self._grid)
+        make_layer(self._arguments, mesh, run, exchange, recorder)(*inputs[0], grid=self._grid)
         summary = recorder.summary(mesh.groups)
         kernel, measured_density = next(iter(summary["calls"])), summary["densities"][0]["density"]
-        layer = make_layer(self._arguments, mesh, backend, density, exchange)
+        layer = make_layer(self._arguments, mesh, run, exchange)
         times = self._timer(lambda number: layer(*inputs[number % len(inputs)], grid=self._grid))
-        extra: dict[str, object] = {"implementation": "layer", "backend": backend, "density_asked": density}
+        extra: dict[str, object] = {"implementation": "layer", "backend": run.backend, "density_asked": run.density}
+        if run.remainder != "drop":
+            kernel = f"{kernel}+{run.remainder}"
+            extra["remainder"] = run.remainder
         extra["block_size"] = "{}x{}".format(*self._arguments.block_size)
-        alone, gpus = self._one_rank.get((backend, density)), mesh.sequence_degree
+        alone, gpus = self._one_rank.get(run), mesh.sequence_degree
         if mesh.ring_degree > 1:
             extra["kv_exchange"] = exchange
         if gpus > 1:
             extra["speedup_one_gpu_dense"] = _rounded(speedup(self._one_rank_dense, times))
             gain = speedup(alone, times)
             extra["parallel_efficiency"] = _rounded(None if gain is None else gain / gpus)
-        if density < 1.0:
-            parts = measure_breakdown(layer, inputs[0], self._grid, density, self._timer)
+        if run.density < 1.0:
+            parts = measure_breakdown(layer, inputs[0], self._grid, run.density, self._timer)
             extra |= parts.to_json(times.median, mesh.ring_degree > 1)
         # On a mesh the layer's own dense attention is the baseline of the others.
-        own_baseline = gpus > 1 and density >= 1.0
+        own_baseline = gpus > 1 and run.density >= 1.0
         return Measurement(
             "attention", gpus, mesh.ulysses_degree, mesh.ring_degree, self._grid.num_tokens, self._arguments.heads,
             self._arguments.head_dim, measured_density, kernel, times, self._tflops(measured_density, times.median),

@@ -11,6 +11,7 @@ from launch.benchmarks.timing import Timer
 from sp_sparse import SparseAttention, VideoGrid
 from sp_sparse.mask import BlockMask
 from sp_sparse.parallel.shards import SequenceShards
+from sp_sparse.remainder.attend import add_remainder
 from sp_sparse.selection.summaries import block_means, block_scores
 from sp_sparse.selection.topk import select_topk
 
@@ -27,6 +28,7 @@ class Breakdown:
         scores: their dot products.
         topk: selection of the blocks.
         split: cutting the mask into those of the ring's shards; on a mesh without a ring it is no part of the layer.
+        remainder: what stands for the blocks that are left out, the ring's exchange of it, and its merging.
     """
 
     kernel: float
@@ -34,6 +36,7 @@ class Breakdown:
     scores: float
     topk: float
     split: float
+    remainder: float
 
     def to_json(self, layer: float, ring: bool) -> dict[str, float]:
         """With the rest of the layer's time, and all but the kernel's as a percentage of it."""
@@ -44,7 +47,8 @@ class Breakdown:
             "ms_scores": self.scores,
             "ms_topk": self.topk,
             "ms_split": split,
-            "ms_other": layer - self.kernel - self.means - self.scores - self.topk - split,
+            "ms_remainder": self.remainder,
+            "ms_other": layer - self.kernel - self.means - self.scores - self.topk - split - self.remainder,
             "overhead_percent": 100 * (layer - self.kernel) / self.kernel,
         }
         if not ring:
@@ -73,12 +77,20 @@ def measure_breakdown(
         for hop_key, hop_value, hop_mask in hops:
             kernel(q, hop_key, hop_value, hop_mask, scale)
 
+    def remain(_: int) -> None:
+        means = layer._left_out(k, v, shards)
+        if means is not None:
+            # Merged again and again into the same output: its values do not matter here.
+            add_remainder(out, lse, q, means, mask, scale)
+
+    out, lse = torch.zeros_like(q), q.new_zeros(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
     return Breakdown(
         kernel=timer(attend).median,
         means=timer(lambda _: (block_means(q, query_block), block_means(k, key_block))).median,
         scores=timer(lambda _: block_scores(query_means, key_means)).median,
         topk=timer(lambda _: select_topk(scores, static, density, block_size, *lengths)).median,
         split=timer(lambda _: mask.split_keys(edges)).median,
+        remainder=0.0 if layer.config.remainder == "drop" else timer(remain).median,
     )
 
 

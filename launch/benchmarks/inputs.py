@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from launch.benchmarks.arguments import LayerArguments
+from launch.benchmarks.arguments import LayerArguments, Run
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.parallel.shards import SequenceShards
@@ -31,16 +31,16 @@ def shard_inputs(
 def make_layer(
     arguments: LayerArguments,
     mesh: SequenceParallelMesh,
-    backend: str,
-    density: float,
+    run: Run,
     kv_exchange: str = "ring",
     recorder: AttentionRecorder | None = None,
 ) -> SparseAttention:
     """A layer that keeps this share of the blocks in every step. A collective call."""
     config = SparseAttentionConfig(
-        backend=backend,
-        topk=density,
+        backend=run.backend,
+        topk=run.density,
         schedule="constant",
+        remainder=run.remainder,
         token_order=arguments.token_order,
         block_size=arguments.block_size,
         kv_exchange=kv_exchange,

@@ -147,6 +147,7 @@ _COLUMNS: tuple[tuple[str, Callable[[dict[str, Any]], str]], ...] = (
     ("scores", _number("ms_scores", ".2f")),
     ("top-k", _number("ms_topk", ".2f")),
     ("split", _number("ms_split", ".2f")),
+    ("remainder", _number("ms_remainder", ".2f")),
     ("other", _number("ms_other", ".2f")),
     ("overhead %", _number("overhead_percent", ".1f")),
     ("exchange by", _number("kv_exchange", "")),

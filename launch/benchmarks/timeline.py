@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from launch.benchmarks.arguments import TimelineArguments
+from launch.benchmarks.arguments import Run, TimelineArguments
 from launch.benchmarks.gpu_trace import GpuWork, digest, read_trace
 from launch.benchmarks.inputs import make_layer, shard_inputs
 from launch.benchmarks.results import Measurement
@@ -22,15 +22,15 @@ from sp_sparse.generate.ranks import Ranks
 
 
 def measure_timelines(session: Session, arguments: TimelineArguments) -> None:
-    """One call for every grid, mesh, backend and density. A collective call."""
+    """One call for every grid, mesh and run. A collective call."""
     meshes = arguments.build_meshes(session.ranks.world)
     for grid in arguments.grids:
         for mesh in meshes:
-            for backend, density in arguments.runs():
+            for run in arguments.runs():
                 free_memory()
-                label = f"timeline {mesh.ulysses_degree}x{mesh.ring_degree} {backend} {grid.num_tokens} tokens"
-                take = partial(_timeline, session.ranks, arguments, mesh, grid, backend, density)
-                session.measure(f"{label}, density {density:g}", take)
+                label = f"timeline {mesh.ulysses_degree}x{mesh.ring_degree} {run} {grid.num_tokens} tokens"
+                take = partial(_timeline, session.ranks, arguments, mesh, grid, run)
+                session.measure(f"{label}, density {run.density:g}", take)
 
 
 def _timeline(
@@ -38,14 +38,13 @@ def _timeline(
     arguments: TimelineArguments,
     mesh: SequenceParallelMesh,
     grid: VideoGrid,
-    backend: str,
-    density: float,
+    run: Run,
 ) -> Measurement:
     inputs = shard_inputs(arguments, mesh, grid, ranks)
     recorder = AttentionRecorder()
-    make_layer(arguments, mesh, backend, density, recorder=recorder)(*inputs, grid=grid)
+    make_layer(arguments, mesh, run, recorder=recorder)(*inputs, grid=grid)
     summary = recorder.summary(mesh.groups)
-    layer = make_layer(arguments, mesh, backend, density)
+    layer = make_layer(arguments, mesh, run)
     for _ in range(arguments.warmup):
         layer(*inputs, grid=grid)
     works = [work for of_rank in ranks.gather(_profiled(lambda: layer(*inputs, grid=grid), ranks)) for work in of_rank]
@@ -55,7 +54,10 @@ def _timeline(
         "timeline", mesh.sequence_degree, mesh.ulysses_degree, mesh.ring_degree, grid.num_tokens, arguments.heads,
         arguments.head_dim, summary["densities"][0]["density"], next(iter(summary["calls"])),
         Times(span, span, span, None), None, None, None,
-        {"backend": backend, "density_asked": density, **digest(works), "timeline": rows},
+        {
+            "backend": run.backend, "density_asked": run.density, "remainder": run.remainder, **digest(works),
+            "timeline": rows,
+        },
     )  # fmt: skip
 
 

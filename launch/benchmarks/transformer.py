@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from launch.benchmarks.arguments import Mesh, TransformerArguments, every_mesh
+from launch.benchmarks.arguments import Mesh, Run, TransformerArguments, every_mesh
 from launch.benchmarks.results import Measurement, speedup
 from launch.benchmarks.session import Session, free_memory
 from launch.benchmarks.timing import Timer
@@ -89,17 +89,18 @@ class _TransformerBenchmark:
     def _measure_sparse(self, model: Any, on: SequenceParallelMesh, video: str, compiled: bool) -> None:
         mesh = on.ulysses_degree, on.ring_degree
         _forget_compiled()
-        for backend, density in self._arguments.runs():
-            label = _label(f"sp_sparse {backend}", mesh, video, compiled, density)
-            self._session.measure(label, self._sparse(model, on, video, compiled, backend, density))
+        for run in self._arguments.runs():
+            label = _label(f"sp_sparse {run}", mesh, video, compiled, run.density)
+            self._session.measure(label, self._sparse(model, on, video, compiled, run))
 
     def _sparse(
-        self, model: Any, on: SequenceParallelMesh, video: str, compiled: bool, backend: str, density: float
+        self, model: Any, on: SequenceParallelMesh, video: str, compiled: bool, run: Run
     ) -> Callable[[], Measurement]:
         config = SparseAttentionConfig(
-            backend=backend,
-            topk=density,
+            backend=run.backend,
+            topk=run.density,
             schedule="constant",
+            remainder=run.remainder,
             token_order=self._arguments.token_order,
             block_size=self._arguments.block_size,
         )
@@ -107,9 +108,11 @@ class _TransformerBenchmark:
 
         def take() -> Measurement:
             with enable_sparse_attention(model, config, on) as handle:
-                kernel = "dense" if density >= 1.0 else handle.layers[0].kernel_for(device, dtype).info.name
+                kernel = "dense" if run.density >= 1.0 else handle.layers[0].kernel_for(device, dtype).info.name
                 mesh = on.ulysses_degree, on.ring_degree
-                return self._measurement(model, "sp_sparse", mesh, video, compiled, density, kernel)
+                if run.remainder != "drop":
+                    kernel = f"{kernel}+{run.remainder}"
+                return self._measurement(model, "sp_sparse", mesh, video, compiled, run.density, kernel)
 
         return take
 

@@ -39,7 +39,7 @@ class KernelRequest:
         dtype: their dtype.
         head_dim: their head dimension.
         block_size: (query block, key block) in tokens.
-        needs_lse: True under ring parallelism, where partial results are merged by LSE.
+        needs_lse: partial results are merged by LSE, as under ring parallelism and where a remainder is added.
     """
 
     device: torch.device
@@ -72,7 +72,7 @@ def why_not(kernel: Kernel, request: KernelRequest) -> str | None:
         if able and wanted not in able:
             return f"{what} {wanted} is not among {', '.join(map(str, able))}"
     if request.needs_lse and not info.returns_lse:
-        return "it returns no LSE, which ring parallelism needs to merge its hops"
+        return "it returns no LSE, by which the hops of a ring and the remainder are merged"
     # Whether its package is there comes after what no installation can change, and before what asks the GPU.
     reason = kernel.missing()
     if reason is None and request.device.type == "cuda":
@@ -129,8 +129,13 @@ def select_kernel(
     raise ValueError("no sparse attention backend can run here: " + "; ".join(f"{n}: {why}" for n, why in passed_over))
 
 
-def check_returns_lse(name: str) -> None:
-    """Refuse, before any tensor is seen, a kernel that cannot serve ring parallelism.
+def check_returns_lse(name: str, need: str, without: str) -> None:
+    """Refuse, before any tensor is seen, a kernel whose results cannot be merged.
+
+    Args:
+        name: of the kernel, or `auto`.
+        need: what needs the LSE, and for what.
+        without: the setting that does without.
 
     Raises:
         ValueError: the kernel returns no LSE; the text names those that do.
@@ -139,8 +144,7 @@ def check_returns_lse(name: str) -> None:
         return
     able = [other for other, kernel in _loadable().items() if kernel.info.returns_lse]
     raise ValueError(
-        f"sparse attention backend {name!r} returns no LSE, which ring parallelism needs to merge its hops; "
-        f"use {', '.join(able)}, or ring_degree=1"
+        f"sparse attention backend {name!r} returns no LSE, which {need}; use {', '.join(able)}, or {without}"
     )
 
 

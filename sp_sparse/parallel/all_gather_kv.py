@@ -55,13 +55,17 @@ class CallerAllGatherKVStrategy(SequenceParallelStrategy):
         value: Tensor,
         mask: BlockMask | None,
         metadata: SequenceShards,
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         """One call of the kernel: nothing is left to merge."""
-        return kernel(query, key, value, mask)[0]
+        return kernel(query, key, value, mask)
 
     def gather_blocks(self, summaries: Tensor, metadata: SequenceShards, block: int) -> Tensor:
         """They are of the whole sequence already."""
         return summaries
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        """Likewise."""
+        return x
 
     def key_tokens(self, query_tokens: int, metadata: SequenceShards) -> int:
         """Those of the whole sequence, without padding."""

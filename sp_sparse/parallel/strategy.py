@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -110,8 +111,8 @@ class SequenceParallelStrategy:
         value: Tensor,
         mask: BlockMask | None,
         metadata: SequenceShards,
-    ) -> Tensor:
-        """Attention of this ring shard's queries over all keys, `[B, S_ring, H_rank, D]`.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of this ring shard's queries over all keys: out `[B, S_ring, H_rank, D]` and the kernel's LSE.
 
         Args:
             kernel: attends some keys; under a ring it must return the LSE.
@@ -119,12 +120,12 @@ class SequenceParallelStrategy:
             mask: over this shard's query blocks and all key blocks of the sequence; None attends everything.
         """
         if self.mesh.ring_group is None:
-            return kernel(query, key, value, mask)[0]
+            return kernel(query, key, value, mask)
         count, parts = self.parts(key, value, mask, metadata, self.mesh.ring_group)
         results = PartialResults(count, key.dtype)
         for part_key, part_value, part_mask in parts:
             results.add(*kernel(query, part_key, part_value, part_mask))
-        return results.out
+        return results.out, results.lse
 
     def parts(
         self, key: Tensor, value: Tensor, mask: BlockMask | None, metadata: SequenceShards, group: ProcessGroup
@@ -166,6 +167,12 @@ class SequenceParallelStrategy:
             return summaries
         counts = [num_blocks(length, block) for length in metadata.lengths]
         return all_gather_uneven(summaries, counts, group, dim=2)
+
+    def sum_shards(self, x: Tensor) -> Tensor:
+        """What every ring shard made of its own keys, `[B, H_rank, ...]`, summed over the ring; `x` may be overwritten."""
+        if self.mesh.ring_group is not None:
+            dist.all_reduce(x, group=self.mesh.ring_group)
+        return x
 
     def key_tokens(self, query_tokens: int, metadata: SequenceShards) -> int:
         """Tokens of key and value that a rank brings beside so many queries."""

@@ -104,7 +104,11 @@ def test_token_order_where_a_rank_holds_every_token() -> None:
     assert relative_error(everything.output, dense.output) < 1e-5, "every block attended: the order must not be seen"
 
 
-@pytest.mark.parametrize("options", [{"kv_exchange": "all_gather"}, {"selector": "window", "window": 2}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"kv_exchange": "all_gather"}, {"selector": "window", "window": 2, "remainder": "mean"}, {"remainder": "linear"}],
+    ids=str,
+)
 def test_other_settings_on_a_hybrid(options: dict[str, Any]) -> None:
     job = Job(PLAIN, options={"block_size": BLOCK, **options})
     expected = run(Mesh(), job)[0]
