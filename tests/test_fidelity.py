@@ -17,6 +17,7 @@ import pytest
 
 from sp_sparse.fidelity import job
 from sp_sparse.fidelity.__main__ import main
+from sp_sparse.fidelity.arguments import parse_arguments
 from sp_sparse.fidelity.plan import Setting
 from sp_sparse.fidelity.store import Item, ResultStore
 from tests.processes import process_of_rank, wait_for
@@ -119,6 +120,27 @@ def _check_files(folder: Path) -> None:
     assert len(list((folder / "frames").iterdir())) == 4 + 9
 
 
+def test_lists_in_a_configuration_file(tmp_path: Path) -> None:
+    lists = {
+        "densities": [0.1, 0.2],
+        "selectors": ["topk", "mass"],
+        "dense_steps": 2,
+        "block_sizes": ["16x8", 8],
+        "keep_diagonal": [True, False],
+        "noise_floor": "false",
+    }
+    (tmp_path / "lists.json").write_text(json.dumps(lists))
+    arguments = parse_arguments(["--config", str(tmp_path / "lists.json"), "--prompts", "p", "--output", "o"])
+    assert arguments.densities == (0.1, 0.2)
+    assert arguments.selectors == ("topk", "mass")
+    assert arguments.dense_steps == (2,)
+    assert arguments.block_sizes == ((16, 8), (8, 8))
+    assert arguments.keep_diagonal == (True, False)
+    assert arguments.noise_floor is False
+    assert len(arguments.settings) == 16
+    assert arguments.settings[0].config("auto").dense_steps == 2
+
+
 def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(_flags(tmp_path, "--densities", "0.2")) == 0
     path = tmp_path / "out" / "fidelity.jsonl"
@@ -153,7 +175,7 @@ def test_dense_frames_that_are_gone_are_made_again(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("degrees", [["--ring-degree", "2"], ["--ulysses-degree", "2"], ["--cfg-parallel-degree", "2"]])
 def test_two_ranks_measure_as_one(tmp_path: Path, degrees: list[str]) -> None:
-    more = ["--densities", "0.2,0.5", "--remainders", "drop"]
+    more = ["--densities", "0.2,0.5", "--remainders", "drop,linear"]
     assert main(_flags(tmp_path, *more)) == 0
     run_ranks(2, _rank_measures, _flags(tmp_path, *more, *degrees, name="two"))
     one, two = ({Item.of_line(line): line for line in _lines(tmp_path, name)} for name in ("out", "two"))
@@ -187,7 +209,7 @@ def _stop_after_some_videos(folder: Path, flags: list[str], number: int, ranks: 
         process = subprocess.Popen(_command(ranks, flags), cwd=folder, env=environment, stderr=stderr)
         try:
             lines = folder / "out" / "fidelity.jsonl"
-            wait_for(lambda: lines.exists() and lines.read_bytes().count(b"\n") >= 3 or process.poll() is not None)
+            wait_for(lambda: (lines.exists() and lines.read_bytes().count(b"\n") >= 3) or process.poll() is not None)
             target = process.pid if ranks == 1 else process_of_rank(process.pid, ranks - 1)
             assert target is not None
             os.kill(target, number)
@@ -254,7 +276,9 @@ def test_a_full_disk_under_the_frames(
 def test_another_size_does_not_go_into_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(_flags(tmp_path, "--densities", "0.2", "--masks", "false")) == 0
     told = _error(capsys, *_flags(tmp_path, "--num-inference-steps", "3", "--guidance-scale", "2"))
-    assert "num_inference_steps 2 there, 3 now; guidance_scale 3.0 there, 2.0 now; give the same again, or another" in told
+    assert (
+        "num_inference_steps 2 there, 3 now; guidance_scale 3.0 there, 2.0 now; give the same again, or another" in told
+    )
     told = _error(capsys, *_flags(tmp_path, "--model", "tiny-ti2v", "--height=64", "--width=64"))
     assert "model 'tiny' there, 'tiny-ti2v' now" in told
 
@@ -272,7 +296,7 @@ def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--output", ""], "--output is missing; give a folder for the results"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--selectors", "topk,best"], "unknown selector 'best'; use one of topk"),
-        (["--remainders", "drop,guess"], "guess"),
+        (["--remainders", "drop,guess"], "remainder='guess' is not known; use one of drop, mean, linear"),
         (["--orders", "raster,spiral"], "token_order='spiral' is not known; use one of raster, tile, hilbert"),
         (["--densities", "0.1,0"], "topk 0.0 is outside (0, 1]"),
         (["--densities", "much"], "--densities: invalid"),

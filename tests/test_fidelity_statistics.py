@@ -77,9 +77,7 @@ def test_only_the_same_prompt_and_seed_are_paired() -> None:
         (math.inf, [(0.1, 20.0), (1.0, math.inf)], (1.0, 1.0)),
     ],
 )
-def test_density_for_a_quality(
-    quality: float, curve: list[tuple[float, float]], expected: tuple[float, float]
-) -> None:
+def test_density_for_a_quality(quality: float, curve: list[tuple[float, float]], expected: tuple[float, float]) -> None:
     assert density_for(quality, curve) == pytest.approx(expected)
 
 
@@ -141,10 +139,17 @@ def _lines() -> list[dict[str, Any]]:
     lines = []
     for setting in LISTS.settings():
         for prompt, shift in (("a", 0.0), ("b", 1.0)):
-            psnr = 20.0 + shift + (4.0 if setting.density == 0.3 else 0.0) + (2.0 if setting.remainder == "linear" else 0.0)
+            psnr = (
+                20.0
+                + shift
+                + (4.0 if setting.density == 0.3 else 0.0)
+                + (2.0 if setting.remainder == "linear" else 0.0)
+            )
             measured = {"psnr": psnr, "ssim": 0.9, "lpips": None, "caption": None}
             times = {"density": setting.density, "density_all": setting.density, "seconds": 1.0}
-            lines.append({"kind": "sparse", "prompt": prompt, "seed": 0, "setting": setting.to_json(), **measured, **times})
+            lines.append(
+                {"kind": "sparse", "prompt": prompt, "seed": 0, "setting": setting.to_json(), **measured, **times}
+            )
     return lines
 
 
@@ -158,11 +163,15 @@ def test_summary_by_hand() -> None:
     # 20.5 dB is below what linear has at 0.1; it has 24.5 dB half-way from 22.5 to 26.5.
     assert [e.needed for e in equal] == [(0.0, 0.1), pytest.approx((0.2, 0.2))]
     table = equal_quality_table(summary)
-    assert table.rows == (("topk, linear", "0.100", "20.50", "below 0.100"), ("topk, linear", "0.300", "24.50", "0.200"))
+    assert table.rows == (
+        ("topk, linear", "0.100", "20.50", "below 0.100"),
+        ("topk, linear", "0.300", "24.50", "0.200"),
+    )
     assert "LPIPS" not in quality_table(summary).header
-    assert "| topk, linear, d=0.1 | 0.100 | 0.100 | 22.50 [22.00, 23.00] | +2.00* [+2.00, +2.00] |" in quality_table(
-        summary
-    ).markdown()
+    assert (
+        "| topk, linear, d=0.1 | 0.100 | 0.100 | 22.50 [22.00, 23.00] | +2.00* [+2.00, +2.00] |"
+        in quality_table(summary).markdown()
+    )
 
 
 def test_figures_in_words() -> None:

@@ -43,7 +43,7 @@ class FidelityArguments:
     selectors: tuple[str, ...] = option(
         ("topk",), "selectors; mass is the true attention mass of blocks, a bound that is slow", _listed("selector")
     )
-    remainders: tuple[str, ...] = option(("drop",), "what becomes of the other blocks", _listed("selector"))
+    remainders: tuple[str, ...] = option(("drop",), "what becomes of the other blocks", _listed("remainder"))
     orders: tuple[str, ...] = option(("raster",), "token orders", _listed("token_order"))
     dense_steps: tuple[int, ...] = option((0,), "first denoising steps that stay dense", _listed("dense_steps"))
     block_sizes: tuple[tuple[int, int], ...] = option(

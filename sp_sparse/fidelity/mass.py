@@ -111,8 +111,12 @@ def _fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens `[n, D]` as integers and the power of two `[n, 1]` to multiply them with, both float64."""
     x = x.double()
     exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp_(min=_LEAST_EXPONENT) - _TOKEN_BITS
-    one = torch.ones_like(x[:, :1])
-    return (x * torch.ldexp(one, -exponent)).round_(), torch.ldexp(one, exponent)
+    return (x * _power_of_two(-exponent)).round_(), _power_of_two(exponent)
+
+
+def _power_of_two(exponent: Tensor) -> Tensor:
+    """2 to an integer power in float64, exact: the bits are written, as `pow` may be off by a rounding."""
+    return ((exponent.long() + 1023) << 52).view(torch.float64)
 
 
 def _row_shares(scores: Tensor, key_length: int, key_block: int) -> Tensor:

@@ -93,13 +93,13 @@ class Measurement:
             self._look(setting, work.prompts[0])
 
     def _make_alone(self, items: Sequence[Item]) -> None:
-        """The model's own attention knows no mesh: each rank makes another video."""
+        """The model's own attention knows no mesh: each rank makes another video, as long as there are some."""
         if not items:
             return
         ranks = self._ranks
-        mine = items[ranks.rank] if ranks.rank < len(items) else None
-        made = ranks.together(lambda: None if mine is None else self._render_alone(mine))
-        every = self._to_first(made)
+        # A rank too many makes one again: it would give up waiting for a long one.
+        made = ranks.together(lambda: self._render_alone(items[ranks.rank % len(items)]))
+        every = self._to_first(made if ranks.rank < len(items) else None)
         ranks.together(lambda: self._record(every))
 
     def _render_alone(self, item: Item) -> _Made:

@@ -18,7 +18,7 @@ MASS = "mass"
 _SELECTORS = {MASS: "sp_sparse.fidelity.mass:BlockMassSelector"}
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Setting:
     """One way to make attention sparse. The schedule is constant after the dense steps.
 
@@ -49,7 +49,7 @@ class Setting:
                 "schedule": "constant",
                 "dense_steps": self.dense_steps,
                 "selector": _SELECTORS.get(self.selector, self.selector),
-                **({} if self.remainder == "drop" else {"remainder": self.remainder}),
+                "remainder": self.remainder,
                 "keep_diagonal": self.keep_diagonal,
                 "keep_first_frame": self.keep_first_frame,
                 "block_size": self.block_size,
@@ -112,7 +112,7 @@ class SettingLists:
             name, _, told = (x.strip() for x in item.partition("="))
             if name not in lists:
                 raise ValueError(f"--baseline {text}: {name!r} is not known; name some of {', '.join(lists)}")
-            known = {_told(value): value for value in lists[name]}
+            known = {told_value(value): value for value in lists[name]}
             if told not in known:
                 raise ValueError(
                     f"--baseline {text}: {name} {told!r} is not measured; use one of {', '.join(known)}, or add it to "
@@ -135,7 +135,7 @@ class Baseline:
         """In words, without the parts that all settings share."""
         varying = {name for name in self.parts if len({getattr(setting, name) for setting in settings}) > 1}
         return ", ".join(
-            f"{name}={_told(value)}" for name, value in self.parts.items() if name in (varying or self.parts)
+            f"{name}={told_value(value)}" for name, value in self.parts.items() if name in (varying or self.parts)
         )
 
 
@@ -160,7 +160,7 @@ def _label(setting: Setting, varying: Sequence[str]) -> str:
         "selector": setting.selector.rpartition(":")[2],
         "remainder": setting.remainder,
         "order": setting.order,
-        "block_size": f"blocks {_told(setting.block_size)}",
+        "block_size": f"blocks {told_value(setting.block_size)}",
         "dense_steps": f"{setting.dense_steps} dense steps",
         "keep_diagonal": "diagonal" if setting.keep_diagonal else "no diagonal",
         "keep_first_frame": "first frame" if setting.keep_first_frame else "no first frame",
@@ -171,8 +171,8 @@ def _label(setting: Setting, varying: Sequence[str]) -> str:
     return ", ".join(parts)
 
 
-def _told(value: Any) -> str:
-    """As it is written in a list of the command line."""
+def told_value(value: Any) -> str:
+    """One value of a list as the command line takes it."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
