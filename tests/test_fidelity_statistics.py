@@ -11,6 +11,7 @@ import torch
 
 from sp_sparse.fidelity.metrics import VideoMetrics, as_bytes, as_float
 from sp_sparse.fidelity.plan import Setting, SettingLists, labels
+from sp_sparse.fidelity.plots import quality_figure
 from sp_sparse.fidelity.statistics import Estimate, density_for, estimate, paired
 from sp_sparse.fidelity.summary import summarize
 from sp_sparse.fidelity.tables import equal_quality_table, quality_table, told
@@ -93,6 +94,7 @@ def test_psnr_by_hand_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole["psnr"] == pytest.approx(-10 * math.log10(error), abs=1e-4)
     monkeypatch.setattr("sp_sparse.fidelity.metrics._BUDGET", 4 * one[0].size)
     assert metrics.compare(one, other) == pytest.approx(whole, abs=1e-6)
+    assert metrics.compare(one, one)["psnr"] is None, "it remembers the videos before"
 
 
 def test_equal_videos() -> None:
@@ -172,6 +174,18 @@ def test_summary_by_hand() -> None:
         "| topk, linear, d=0.1 | 0.100 | 0.100 | 22.50 [22.00, 23.00] | +2.00* [+2.00, +2.00] |"
         in quality_table(summary).markdown()
     )
+
+
+@pytest.mark.parametrize("floor", [28.0, 100.0, None])
+def test_a_plot_shows_all_of_its_curves(floor: float | None) -> None:
+    line = {**_lines()[0], "kind": "floor", "setting": None, "density": 1.0, "psnr": floor}
+    axes = quality_figure(summarize([line, *_lines()], LISTS.baseline(None)), "psnr").axes[0]
+    curves = [curve for curve in axes.get_lines() if str(curve.get_label()).startswith("topk")]
+    assert [np.asarray(curve.get_ydata()).tolist() for curve in curves] == [[20.5, 24.5], [22.5, 26.5]]
+    low, high = axes.get_ylim()
+    assert 18 < low < 20.5
+    assert 26.5 < high < 29
+    assert any(str(curve.get_label()).startswith("noise floor") for curve in axes.get_lines())
 
 
 def test_figures_in_words() -> None:

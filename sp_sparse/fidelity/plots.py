@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import io
 import math
+from typing import TYPE_CHECKING
 
 from sp_sparse.fidelity.store import FLOOR
 from sp_sparse.fidelity.summary import Summary
 from sp_sparse.fidelity.tables import told
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _AXES = {"psnr": "PSNR, dB", "ssim": "SSIM"}
 
 
 def quality_plots(summary: Summary) -> dict[str, bytes]:
     """The pictures by their file names."""
-    return {f"{metric}.png": _plot(summary, metric) for metric in _AXES}
+    pictures = {}
+    for metric in _AXES:
+        file = io.BytesIO()
+        quality_figure(summary, metric).savefig(file, format="png")
+        pictures[f"{metric}.png"] = file.getvalue()
+    return pictures
 
 
-def _plot(summary: Summary, metric: str) -> bytes:
+def quality_figure(summary: Summary, metric: str) -> Figure:
+    """Of `psnr` or `ssim`."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), dpi=110, layout="constrained")
@@ -32,17 +42,15 @@ def _plot(summary: Summary, metric: str) -> bytes:
             found = row.means[metric]
             if found is not None and found.low is not None and found.high is not None:
                 axes.plot([row.density] * 2, [found.low, found.high], color=line.get_color(), linewidth=1, alpha=0.6)
-    axes.autoscale(False)  # a floor far above would press the curves together
+    low, high = axes.get_ylim()
     for row in summary.rows:
         if row.kind == FLOOR:
-            label = f"noise floor (another dense kernel): {told(row.means[metric], 3)}"
-            height = row.mean(metric) if math.isfinite(row.mean(metric)) else axes.get_ylim()[1]
-            axes.axhline(height, color="grey", linestyle=":", label=label)
+            label = f"noise floor (another dense kernel): {told(row.means[metric], 4)}"
+            axes.axhline(min(row.mean(metric), 2 * high), color="grey", linestyle=":", label=label)
+    axes.set_ylim(low, high)  # a floor far above would press the curves together
     axes.set_xlabel("density of the sparse calls, as measured")
     axes.set_ylabel(f"{_AXES[metric]}, to dense attention")
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[0]:
         axes.legend(fontsize=7)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
+    return figure

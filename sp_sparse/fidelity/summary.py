@@ -70,10 +70,12 @@ class Summary:
     Attributes:
         rows: dense, the noise floor, then the settings, those of a variant together by ascending density.
         baseline: what gains are over.
+        prompts: how many were rendered.
     """
 
     rows: tuple[Row, ...]
     baseline: Baseline
+    prompts: int
 
     @property
     def settings(self) -> tuple[Row, ...]:
@@ -141,7 +143,7 @@ def summarize(lines: Sequence[Mapping[str, Any]], baseline: Baseline) -> Summary
                 videos=len(groups[key]),
             )
         )
-    return Summary(tuple(rows), baseline)
+    return Summary(tuple(rows), baseline, len({line["prompt"] for line in lines}))
 
 
 def _in_order(settings: Sequence[Setting]) -> list[Setting]:

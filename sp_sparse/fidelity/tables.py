@@ -11,6 +11,9 @@ from sp_sparse.fidelity.summary import Summary
 
 NONE = "–"
 
+# A bootstrap over fewer clusters gives intervals that are too narrow.
+_FEW_PROMPTS = 20
+
 
 @dataclass(frozen=True)
 class Table:
@@ -54,10 +57,12 @@ def quality_table(summary: Summary) -> Table:
         for name in measured:
             cells += [told(row.means[name], digits[name]), told(row.gains[name], digits[name], signed=True)]
         rows.append((*cells, f"{row.seconds:.2f}", str(row.videos)))
+    few = "; too narrow with so few" if summary.prompts < _FEW_PROMPTS else ""
     note = (
         "Against the model's own dense attention from the same noise. Density: of sparse calls, as measured. In brackets: "
-        "95 % intervals by bootstrap over prompts, each with all its seeds. Δ: paired difference at the same prompts and "
-        f"seeds to the setting with {summary.baseline_told}; * where its interval excludes 0. Seconds: of denoising, median."
+        f"95 % intervals by bootstrap over {summary.prompts} prompts, each with all its seeds{few}. Δ: paired difference at "
+        f"the same prompts and seeds to the setting with {summary.baseline_told}; * where its interval excludes 0. "
+        "Seconds: of denoising, median."
     )
     return Table("Quality", note, tuple(header), tuple(rows))
 
