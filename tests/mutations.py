@@ -1015,7 +1015,7 @@ MUTATIONS = (
     Mutation(
         "a line that was cut off stays",
         "fidelity/store.py",
-        'file.truncate(file.read().rfind(b"\n") + 1)',
+        'file.truncate(file.read().rfind(b"\\n") + 1)',
         "pass",
         "fidelity",
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,8 +87,13 @@ def density_for(quality: float, curve: Sequence[tuple[float, float]]) -> tuple[f
 
 
 def _interval(sums: NDArray[np.float64], counts: NDArray[np.float64]) -> tuple[float, float]:
-    clusters = len(sums)
-    draws = np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES)
+    draws = _draws(len(sums))
     means = (draws @ sums) / (draws @ counts)
     low, high = np.quantile(means, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
     return float(low), float(high)
+
+
+@lru_cache(maxsize=2)
+def _draws(clusters: int) -> NDArray[np.int64]:
+    """How often each cluster is drawn in each resample, `[RESAMPLES, clusters]`: the same for all figures."""
+    return np.random.default_rng(0).multinomial(clusters, np.full(clusters, 1 / clusters), size=RESAMPLES)
