@@ -75,8 +75,8 @@ class SparseAttentionConfig:
     dense_layers: int = option(0, "first layers that stay dense", int, at_least=0)
     selector: str = option(
         "topk",
-        "topk (highest scores of mean queries and keys), window (only the blocks always kept), the name of another "
-        "package's selector, or package.module:Class",
+        "topk (highest scores of mean queries and keys), subblock (most attention between quarters of blocks), window "
+        "(only the blocks always kept), the name of another package's selector, or package.module:Class",
     )
     remainder: str = option(
         "drop",

@@ -859,7 +859,7 @@ MUTATIONS = (
         "selection",
     ),
     Mutation(
-        "scores too wide to be exact", "selection/summaries.py", "_SCORE_BITS = 14", "_SCORE_BITS = 24", "selection"
+        "scores too wide to be exact", "selection/summaries.py", "SCORE_BITS = 14", "SCORE_BITS = 24", "selection"
     ),
     Mutation(
         "scores in fp32",
@@ -867,6 +867,93 @@ MUTATIONS = (
         "query.double() @ key.double().transpose(-1, -2)",
         "(query @ key.transpose(-1, -2)).double()",
         "selection",
+    ),
+    Mutation(
+        "a row's masses in floating-point sums",
+        "selection/subblock_scores.py",
+        "weights = (exact_exp2(masses - most) * 2.0**WEIGHT_BITS).round_().to(torch.int64)",
+        "weights = exact_exp2(masses - most) * 2.0**WEIGHT_BITS",
+        "subblock",
+    ),
+    Mutation(
+        "shares by the library's exp2",
+        "selection/exact_log2.py",
+        "    x = x.clamp(min=LEAST_POWER)\n    whole = x.floor()",
+        "    return x.clamp(min=LEAST_POWER).exp2()\n    whole = x.floor()",
+        "subblock selection_triton",
+    ),
+    Mutation(
+        "the largest query part decides alone",
+        "selection/subblock_scores.py",
+        "shares = (masses - _log_totals(masses))",
+        "shares = masses",
+        "subblock",
+    ),
+    Mutation(
+        "a short part counts as a full one",
+        "selection/subblock_scores.py",
+        "float(np.float32(math.log2(rest / part)))",
+        "0.0",
+        "subblock",
+    ),
+    Mutation(
+        "empty parts count", "selection/subblock_scores.py", "logs[full:] = -math.inf", "logs[full:] = 0.0", "subblock"
+    ),
+    Mutation(
+        "sizes of query parts forgotten",
+        "selection/subblock_scores.py",
+        " + row_sizes[part, :, None]",
+        "",
+        "subblock",
+    ),
+    Mutation(
+        "each slice of queries is taken for the first",
+        "selection/subblock.py",
+        "first = PARTS * (rows.start or 0)",
+        "first = 0",
+        "subblock",
+    ),
+    Mutation(
+        "the temperature is that of natural exponents",
+        "selection/subblock_scores.py",
+        "head_dim**-0.5 * math.log2(math.e)",
+        "head_dim**-0.5",
+        "subblock",
+    ),
+    Mutation(
+        "slices of pairs of parts are not bounded",
+        "selection/subblock_scores.py",
+        "step = max(1, _BUDGET // max(1, batch * heads * columns * PARTS**2))",
+        "step = max(1, rows)",
+        "subblock",
+    ),
+    Mutation(
+        "blocks without equal parts are let through",
+        "selection/subblock.py",
+        "if query % PARTS or key % PARTS:",
+        "if query % PARTS and key % PARTS:",
+        "subblock",
+    ),
+    Mutation(
+        "Triton counts an empty part",
+        "selection/triton_subblock.py",
+        'tl.where(number == full, rest, float("-inf"))',
+        "rest",
+        "selection_triton",
+    ),
+    Mutation(
+        "Triton weighs one part of keys twice",
+        "selection/triton_subblock.py",
+        "pair, block, 3, columns, full, rest, factor, HEAD_DIM",
+        "pair, block, 2, columns, full, rest, factor, HEAD_DIM",
+        "selection_triton",
+    ),
+    Mutation(
+        "Triton takes the total of the first columns alone",
+        "selection/triton_subblock.py",
+        "        sums += tl.where(inside, weight, 0)",
+        "        sums = tl.where(inside, weight, 0)",
+        "selection_triton",
     ),
     Mutation(
         "a slice of scores selected by the static blocks of the first",

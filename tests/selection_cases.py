@@ -33,6 +33,19 @@ def make_means(blocks: int, head_dim: int, seed: int, batch: int = 2, heads: int
     return x.transpose(1, 2)
 
 
+def make_parts(tokens: int, head_dim: int, seed: int) -> Tensor:
+    """fp32 `[2, 2, N, 4, head_dim]` of blocks of 16, strided: parts alike, 300 times as large, tiny; 0 past the end."""
+    blocks = -(-tokens // 16)
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, blocks * 4, 2, head_dim, generator=generator)
+    x[0, ::3, 0] *= 300
+    x[1, :, 1, 5] *= 300
+    x[1, 1::5, 0] = x[1, :1, 0]
+    x[0, :, 1] *= 1e-20
+    x[:, -(-tokens // 4) :] = 0.0
+    return x.transpose(1, 2).unflatten(2, (blocks, 4))
+
+
 def make_scores(kind: str, queries: int, keys: int, seed: int = 0) -> Tensor:
     """fp32 `[1, 2, queries, keys]`."""
     generator = torch.Generator().manual_seed(seed)

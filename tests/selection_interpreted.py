@@ -9,12 +9,14 @@ from hypothesis import strategies as st
 
 from sp_sparse.parallel.merge import merge_torch
 from sp_sparse.parallel.triton_merge import merge_triton
-from sp_sparse.selection import summaries
+from sp_sparse.selection import summaries, triton_subblock
+from sp_sparse.selection.subblock_scores import WEIGHT_BITS, part_sizes, score_factor, subblock_scores_torch
 from sp_sparse.selection.topk import select_rows_torch
 from sp_sparse.selection.triton_scores import block_scores_triton
+from sp_sparse.selection.triton_subblock import subblock_scores_triton
 from sp_sparse.selection.triton_topk import select_rows_triton
 from sp_sparse.triton_split import split_rows_triton
-from tests.selection_cases import ROWS, SCORES, make_means, make_partials, make_scores, make_static
+from tests.selection_cases import ROWS, SCORES, make_means, make_partials, make_parts, make_scores, make_static
 from tests.triton_oracle import poisoned_empty, random_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -31,9 +33,32 @@ def test_scores_equal_torch(queries: int, keys: int, head_dim: int) -> None:
     query, key = make_means(queries, head_dim, 0), make_means(keys, head_dim, 1)
     expected = summaries.block_scores_torch(query, key)
     assert expected.isfinite().all()
-    limits = summaries._SCORE_BITS, summaries._LARGEST, summaries._LEAST_EXPONENT
+    limits = summaries.SCORE_BITS, summaries.LARGEST, summaries.LEAST_EXPONENT
     assert torch.equal(block_scores_triton(query, key, *limits), expected)
     assert torch.equal(block_scores_triton(query.contiguous(), key.contiguous(), *limits), expected)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (70, 130), (20, 1030)])
+def test_subblock_scores_equal_torch(queries: int, keys: int, head_dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full blocks, parts that are short or empty; fewer columns than a program reads at a time, and more."""
+    monkeypatch.setattr(triton_subblock, "_WIDTH", 32)
+    query, key = (
+        make_parts(queries, head_dim, 0),
+        make_parts(keys, head_dim, 1).transpose(1, 2).contiguous().transpose(1, 2),
+    )
+    sizes = part_sizes(queries, 16), part_sizes(keys, 16)
+    expected = subblock_scores_torch(query, key, *sizes)
+    assert expected.isfinite().all()
+    limits = summaries.SCORE_BITS, summaries.LARGEST, summaries.LEAST_EXPONENT
+    scores = subblock_scores_triton(query, key, *sizes, score_factor(head_dim), limits, WEIGHT_BITS)
+    assert torch.equal(scores.view(torch.int32), expected.view(torch.int32))
+
+
+def test_subblock_scores_of_nothing() -> None:
+    query, key = torch.zeros(1, 2, 0, 4, 64), torch.zeros(1, 2, 3, 4, 64)
+    limits = summaries.SCORE_BITS, summaries.LARGEST, summaries.LEAST_EXPONENT
+    assert subblock_scores_triton(query, key, (0, 0.0), (12, 0.0), 1.0, limits, WEIGHT_BITS).shape == (1, 2, 0, 3)
 
 
 def check_rows(scores: torch.Tensor, static: torch.Tensor, keep: int) -> None:

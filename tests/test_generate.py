@@ -200,7 +200,7 @@ def test_lora_of_each_expert(tmp_path: Path) -> None:
         (["--sparse-attn-backend", "nonesuch"], "unknown sparse attention backend 'nonesuch'; use one of auto"),
         (
             ["--sparse-attn-backend", "auto", "--sparse-attn-selector", "best"],
-            "unknown selector 'best'; use one of topk, window",
+            "unknown selector 'best'; use one of topk, subblock, window",
         ),
         ([*SPARSE, "--sparse-attn-topk", "0"], r"topk 0.0 is outside \(0, 1\]"),
         ([*SPARSE, "--sparse-attn-topk", "1.5"], r"topk 1.5 is outside \(0, 1\]"),

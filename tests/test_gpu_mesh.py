@@ -47,7 +47,7 @@ def test_two_gpus_equal_one_with_odd_sizes() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("selector", ["topk", "window"])
+@pytest.mark.parametrize("selector", ["topk", "subblock", "window"])
 def test_layer_never_synchronises(selector: str) -> None:
     config = SparseAttentionConfig(
         backend="auto", schedule="constant", topk=0.3, selector=selector, window=1, keep_first_frame=True
@@ -66,11 +66,14 @@ def test_layer_never_synchronises(selector: str) -> None:
 
 
 @pytest.mark.gpu
-def test_masks_match_the_cpu_and_auto_is_no_reference() -> None:
+@pytest.mark.parametrize("selector", ["topk", "subblock"])
+def test_masks_match_the_cpu_and_auto_is_no_reference(selector: str) -> None:
     """Summaries and scores are exact, so a GPU selects the very blocks that a CPU does."""
     from sp_sparse import AttentionRecorder
 
-    config = SparseAttentionConfig(backend="auto", schedule="constant", topk=0.2, block_size=(128, 64))
+    config = SparseAttentionConfig(
+        backend="auto", schedule="constant", topk=0.2, block_size=(128, 64), selector=selector
+    )
     grid = VideoGrid(5, 17, 31)
     generator = torch.Generator().manual_seed(0)
     tensors = [torch.randn(2, grid.num_tokens, 3, 64, generator=generator).to(torch.bfloat16) for _ in range(3)]

@@ -37,7 +37,7 @@ def configurations(draw: st.DrawFn) -> SparseAttentionConfig:
         token_order=draw(st.sampled_from(TOKEN_ORDERS)),
         kv_exchange=draw(st.sampled_from(["ring", "all_gather"])),
         remainder=draw(st.sampled_from(REMAINDERS)),
-        selector=draw(st.sampled_from(["topk", "window"])) if keep_diagonal else "topk",
+        selector=draw(st.sampled_from(["topk", "subblock", "window"] if keep_diagonal else ["topk", "subblock"])),
     )
 
 

@@ -10,9 +10,10 @@ from sp_sparse.parallel.merge import merge, merge_torch
 from sp_sparse.selection.base import SelectionRequest
 from sp_sparse.selection.registry import load_selector
 from sp_sparse.selection.static import StaticBlocks, StaticPlans
+from sp_sparse.selection.subblock_scores import part_sizes, subblock_scores, subblock_scores_torch
 from sp_sparse.selection.summaries import block_scores, block_scores_torch
 from sp_sparse.selection.topk import blocks_kept, select_rows_torch, select_topk
-from tests.selection_cases import ROWS, SCORES, make_means, make_partials, make_scores, make_static
+from tests.selection_cases import ROWS, SCORES, make_means, make_partials, make_parts, make_scores, make_static
 from tests.triton_marks import needs_triton, on_gpu, run_interpreted
 from tests.triton_oracle import poisoned_empty, random_mask, to_device
 
@@ -40,6 +41,21 @@ def test_scores_have_the_same_bits_everywhere(queries: int, keys: int, head_dim:
     assert torch.equal(block_scores(query.contiguous().cuda(), key.contiguous().cuda()).cpu(), expected)
     gathered = key.permute(2, 0, 1, 3).contiguous().movedim(0, 2)
     assert torch.equal(block_scores(query.cuda(), gathered.cuda()).cpu(), expected)
+
+
+@on_gpu
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (70, 130), (64, 1030), (4110, 9456), (320, 40000)])
+def test_subblock_scores_have_the_same_bits_everywhere(queries: int, keys: int, head_dim: int) -> None:
+    query, key = make_parts(queries, head_dim, 0), make_parts(keys, head_dim, 1)
+    sizes = part_sizes(queries, 16), part_sizes(keys, 16)
+    expected = subblock_scores_torch(query, key, *sizes)
+    assert expected.isfinite().all()
+    assert torch.equal(subblock_scores_torch(query.cuda(), key.cuda(), *sizes).cpu(), expected)
+    assert torch.equal(subblock_scores(query.cuda(), key.cuda(), *sizes).cpu(), expected)
+    gathered = key.permute(2, 0, 1, 3, 4).contiguous().movedim(0, 2)
+    assert torch.equal(subblock_scores(query.cuda(), gathered.cuda(), *sizes).cpu(), expected)
 
 
 @on_gpu
@@ -102,13 +118,17 @@ def test_merge_is_that_of_torch(head_dim: int, first: torch.dtype, dtype: torch.
 
 
 @on_gpu
-def test_a_long_video_selects_within_bounded_memory() -> None:
-    """958 920 tokens, 7 492 blocks, 40 heads; beside the mask at most 1.5 GB."""
+@pytest.mark.parametrize("name", ["topk", "subblock"])
+def test_a_long_video_selects_within_bounded_memory(name: str) -> None:
+    """958 920 tokens, 7 492 blocks, 40 heads; beside the mask and the summaries at most 1.5 GB."""
     grid, blocks = VideoGrid(61, 131, 120), 7492
-    config = SparseAttentionConfig(backend="triton", schedule="constant", topk=0.1, keep_first_frame=True)
+    config = SparseAttentionConfig(
+        backend="triton", schedule="constant", topk=0.1, keep_first_frame=True, selector=name
+    )
     selector, plans = load_selector(config), StaticPlans(config)
     generator = torch.Generator(device="cuda").manual_seed(0)
-    summaries = [torch.randn(1, 40, blocks, 128, generator=generator, device="cuda") for _ in range(2)]
+    shape = (1, 40, blocks, 128) if name == "topk" else (1, 40, blocks, 4, 128)
+    summaries = [torch.randn(shape, generator=generator, device="cuda") for _ in range(2)]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     static = plans.blocks(grid, (0, grid.num_tokens), torch.device("cuda"))
@@ -117,7 +137,11 @@ def test_a_long_video_selects_within_bounded_memory() -> None:
     table = (mask.indices.numel() + mask.counts.numel()) * 4
     assert torch.cuda.max_memory_allocated() - before - table < 1.5e9
     rows = slice(5000, 5003)
-    scores = block_scores_torch(summaries[0][:, :3, rows].cpu(), summaries[1][:, :3].cpu())
+    some = summaries[0][:, :3, rows].cpu(), summaries[1][:, :3].cpu()
+    if name == "topk":
+        scores = block_scores_torch(*some)
+    else:
+        scores = subblock_scores_torch(*some, (3 * 4, 0.0), part_sizes(grid.num_tokens, 128))
     kept = static.rows[rows].cpu(), static.counts[rows].cpu()
     expected, counts = select_rows_torch(scores, *kept, blocks_kept(0.1, blocks), mask.indices.shape[3])
     assert torch.equal(mask.counts[:, :3, rows].cpu(), counts)
@@ -126,7 +150,7 @@ def test_a_long_video_selects_within_bounded_memory() -> None:
 
 
 @on_gpu
-@pytest.mark.parametrize("selector", ["topk", "window"])
+@pytest.mark.parametrize("selector", ["topk", "subblock", "window"])
 def test_layer_captures_in_a_graph(selector: str) -> None:
     """A capture fails on a synchronisation with the host and on a copy from it."""
     config = SparseAttentionConfig(

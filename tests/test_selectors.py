@@ -19,6 +19,7 @@ from sp_sparse import (
     VideoGrid,
 )
 from sp_sparse.selection.registry import SELECTORS, load_selector
+from sp_sparse.selection.subblock import SubblockSelector
 from sp_sparse.selection.topk import TopKSelector
 from sp_sparse.selection.window import WindowSelector
 from tests.cases import random_tensors
@@ -88,7 +89,8 @@ def _config(selector: str, **more: object) -> SparseAttentionConfig:
 def test_built_in() -> None:
     assert isinstance(load_selector(_config("topk")), TopKSelector)
     assert isinstance(load_selector(_config("window")), WindowSelector)
-    assert SELECTORS.names()[:2] == ("topk", "window")
+    assert isinstance(load_selector(_config("subblock")), SubblockSelector)
+    assert SELECTORS.names()[:3] == ("topk", "subblock", "window")
 
 
 @pytest.mark.usefixtures("outside")
@@ -102,7 +104,7 @@ def test_from_a_package_outside() -> None:
 @pytest.mark.parametrize(
     ("selector", "more", "text"),
     [
-        ("best", {}, "unknown selector 'best'; use one of topk, window, broken, extremes, or a class path"),
+        ("best", {}, "unknown selector 'best'; use one of topk, subblock, window, broken, extremes, or a class path"),
         ("broken", {}, "selector 'broken' cannot be loaded: .*Absent"),
         ("no_such_package:Selector", {}, "selector 'no_such_package:Selector' cannot be loaded: No module named"),
         ("outside_selectors:Absent", {}, "cannot be loaded: .*Absent"),

@@ -9,7 +9,11 @@ from sp_sparse.selection.base import Selector
 SELECTORS = Plugins(
     "selector",
     "sp_sparse.selectors",
-    {"topk": "sp_sparse.selection.topk:TopKSelector", "window": "sp_sparse.selection.window:WindowSelector"},
+    {
+        "topk": "sp_sparse.selection.topk:TopKSelector",
+        "subblock": "sp_sparse.selection.subblock:SubblockSelector",
+        "window": "sp_sparse.selection.window:WindowSelector",
+    },
 )
 
 

@@ -18,12 +18,12 @@ from sp_sparse.device import triton_runs_on
 from sp_sparse.mask import num_blocks
 
 # Bits of a summary's entries in a score: two bytes each, which tensor cores multiply exactly.
-_SCORE_BITS = 14
+SCORE_BITS = 14
 
 # In a score entries count as no larger than this, and the exponent that bounds a vector as no smaller. For D up to 128 all
 # scores but 0 are then between 2^-124 and 2^125: no implementation meets an overflow or a subnormal number.
-_LARGEST = 2.0**59
-_LEAST_EXPONENT = -48
+LARGEST = 2.0**59
+LEAST_EXPONENT = -48
 
 # Elements converted at a time: bounds the memory of the fp32 and int32 temporaries.
 _BUDGET = 1 << 24
@@ -68,7 +68,7 @@ def block_scores(query_means: Tensor, key_means: Tensor) -> Tensor:
         from sp_sparse.selection.triton_scores import HEAD_DIMS, block_scores_triton
 
         if query_means.shape[3] in HEAD_DIMS:
-            return block_scores_triton(query_means, key_means, _SCORE_BITS, _LARGEST, _LEAST_EXPONENT)
+            return block_scores_triton(query_means, key_means, SCORE_BITS, LARGEST, LEAST_EXPONENT)
     return block_scores_torch(query_means, key_means)
 
 
@@ -95,9 +95,9 @@ def _exact_mean(tokens: Tensor) -> Tensor:
 
 
 def _fixed_point(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Vectors along the last dimension as `integers * 2^exponent`, the integers up to `2^_SCORE_BITS`."""
-    x = x.clamp(-_LARGEST, _LARGEST)
-    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp_(min=_LEAST_EXPONENT) - _SCORE_BITS
+    """Vectors along the last dimension as `integers * 2^exponent`, the integers up to `2^SCORE_BITS`."""
+    x = x.clamp(-LARGEST, LARGEST)
+    exponent = torch.frexp(x.abs().amax(-1, keepdim=True)).exponent.clamp_(min=LEAST_EXPONENT) - SCORE_BITS
     return (x * _power_of_two(-exponent, torch.float32)).round_(), exponent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -34,20 +35,34 @@ class TopKSelector:
     def select(self, queries: Tensor | None, keys: Tensor | None, request: SelectionRequest) -> BlockMask:
         assert queries is not None, "made by summarize_queries"
         assert keys is not None, "made by summarize_keys"
-        static, (batch, heads, rows, _), columns = request.static, queries.shape, keys.shape[2]
-        keep, width = _row_sizes(request.density, columns, static)
-        step = max(1, _BUDGET // max(1, batch * heads * columns))
-        if step >= rows:
-            indices, counts = _select_rows(block_scores(queries, keys), static.rows, static.counts, keep, width)
-        else:
-            indices = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=queries.device)
-            counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=queries.device)
-            for first in range(0, rows, step):
-                part = slice(first, first + step)
-                scores = block_scores(queries[:, :, part], keys)
-                chosen = _select_rows(scores, static.rows[part], static.counts[part], keep, width)
-                indices[:, :, part], counts[:, :, part] = chosen
-        return BlockMask(indices, counts, self._block_size, request.query_length, request.key_length)
+        return select_in_slices(lambda rows: block_scores(queries[:, :, rows], keys), self._block_size, request)
+
+
+def select_in_slices(
+    scores: Callable[[slice], Tensor], block_size: tuple[int, int], request: SelectionRequest, numbers: int = 1
+) -> BlockMask:
+    """`select_topk` of scores that are made for some query blocks at a time, so that memory stays bounded.
+
+    Args:
+        scores: fp32 `[B, H, rows, Nk]` without NaN of a slice of the query blocks.
+        block_size: (query block, key block) in tokens.
+        request: what is wanted.
+        numbers: fp32 numbers that making a score holds.
+    """
+    static, batch, heads = request.static, request.batch, request.heads
+    rows, columns = static.rows.shape
+    keep, width = _row_sizes(request.density, columns, static)
+    step = max(1, _BUDGET // max(1, batch * heads * columns * numbers))
+    if step >= rows:
+        indices, counts = _select_rows(scores(slice(None)), static.rows, static.counts, keep, width)
+    else:
+        indices = torch.empty(batch, heads, rows, width, dtype=torch.int32, device=static.rows.device)
+        counts = torch.empty(batch, heads, rows, dtype=torch.int32, device=static.rows.device)
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            chosen = _select_rows(scores(part), static.rows[part], static.counts[part], keep, width)
+            indices[:, :, part], counts[:, :, part] = chosen
+    return BlockMask(indices, counts, block_size, request.query_length, request.key_length)
 
 
 def blocks_kept(density: float, num_key_blocks: int) -> int:

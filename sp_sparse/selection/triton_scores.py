@@ -45,7 +45,7 @@ def block_scores_triton(
 
 
 @triton.jit
-def _load_limbs(
+def load_limbs(
     means, batch, head, first, rows, stride_batch, stride_head, stride_row, stride_column,
     BITS: tl.constexpr, LARGEST: tl.constexpr, LEAST_EXPONENT: tl.constexpr, ROWS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -63,6 +63,19 @@ def _load_limbs(
     return high.to(tl.int8), (fixed - high * 256).to(tl.int8), power_of_two(exponent - BITS)
 
 
+@triton.jit
+def score_limbs(query_high, query_low, query_scale, key_high, key_low, key_scale):
+    """Scores of the vectors that `load_limbs` loads: fp32 `[rows, columns]`."""
+    high = tl.dot(query_high, key_high.T, out_dtype=tl.int32)
+    middle = tl.dot(query_high, key_low.T, out_dtype=tl.int32)
+    middle = tl.dot(query_low, key_high.T, middle, out_dtype=tl.int32)
+    low = tl.dot(query_low, key_low.T, out_dtype=tl.int32)
+    # For D up to 128 the middle sum is up to 2^21, so that only the high one leaves 32 bits.
+    total = (high.to(tl.int64) << 16) + (middle * 256 + low)
+    # The one rounding; the products with powers of two after it are exact.
+    return total.to(tl.float32) * query_scale[:, None] * key_scale[None, :]
+
+
 @triton.jit(do_not_specialize=["heads", "rows", "columns"])
 def score_tiles(
     query, key, scores, query_batch, query_head, query_row, query_column, key_batch, key_head, key_row, key_column,
@@ -77,22 +90,15 @@ def score_tiles(
     pair = tl.program_id(2)
     batch, head = pair // heads, pair % heads
     first_row, first_column = tl.program_id(1) * ROWS, tl.program_id(0) * COLUMNS
-    query_high, query_low, query_scale = _load_limbs(
+    query_high, query_low, query_scale = load_limbs(
         query, batch, head, first_row, rows, query_batch, query_head, query_row, query_column,
         BITS, LARGEST, LEAST_EXPONENT, ROWS, HEAD_DIM,
     )  # fmt: skip
-    key_high, key_low, key_scale = _load_limbs(
+    key_high, key_low, key_scale = load_limbs(
         key, batch, head, first_column, columns, key_batch, key_head, key_row, key_column,
         BITS, LARGEST, LEAST_EXPONENT, COLUMNS, HEAD_DIM,
     )  # fmt: skip
-    high = tl.dot(query_high, key_high.T, out_dtype=tl.int32)
-    middle = tl.dot(query_high, key_low.T, out_dtype=tl.int32)
-    middle = tl.dot(query_low, key_high.T, middle, out_dtype=tl.int32)
-    low = tl.dot(query_low, key_low.T, out_dtype=tl.int32)
-    # For D up to 128 the middle sum is up to 2^21, so that only the high one leaves 32 bits.
-    total = (high.to(tl.int64) << 16) + (middle * 256 + low)
-    # The one rounding; the products with powers of two after it are exact.
-    result = total.to(tl.float32) * query_scale[:, None] * key_scale[None, :]
+    result = score_limbs(query_high, query_low, query_scale, key_high, key_low, key_scale)
     row, column = first_row + tl.arange(0, ROWS)[:, None], first_column + tl.arange(0, COLUMNS)[None, :]
     scores += (pair.to(tl.int64) * rows + row) * columns + column
     tl.store(scores, result, mask=(row < rows) & (column < columns))

@@ -1,0 +1,1 @@
+"""What was tried and is kept for measuring; nothing in the wheel imports it."""
