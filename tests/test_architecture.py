@@ -25,7 +25,7 @@ LAYERS = {
         ("mask", "config", "schedule", "video", "recorder", "flags", "plugins", "device", "recent", "triton_split"),
         BASE,
     ),
-    **{name: name for name in (*SIBLINGS, "remainder", "attention", "integrations", "generate", "serve")},
+    **{name: name for name in (*SIBLINGS, "remainder", "attention", "integrations", "generate", "serve", "fidelity")},
     "": "package",
 }
 HEIGHTS = {
@@ -37,6 +37,7 @@ HEIGHTS = {
     "integrations": 5,
     "generate": 6,
     "serve": 7,
+    "fidelity": 7,
 }
 
 # Packages beside the standard library; a layer that is not named here imports what it likes.
@@ -125,7 +126,7 @@ def upwards(imports: list[Import]) -> Iterator[str]:
 
 
 def third_party(imports: list[Import]) -> Iterator[str]:
-    """Frameworks are known by integrations/, generate/ and serve/ alone; nothing in the wheel needs launch/ or tests/."""
+    """Frameworks are known by integrations/ and what stands above it alone; nothing in the wheel needs launch/ or tests/."""
     for found in imports:
         name = found.target.partition(".")[0]
         allowed = THIRD_PARTY.get(layer_of(found.module) or "")
@@ -234,6 +235,8 @@ def test_a_good_tree_passes(tmp_path: Path) -> None:
         (upwards, "attention.py", "import sp_sparse.generate", "attention may not import generate"),
         (upwards, "integrations/opaque.py", "import sp_sparse.generate", "integrations may not import generate"),
         (upwards, "generate/job.py", "from sp_sparse.serve import jobs", "generate may not import serve"),
+        (upwards, "generate/job.py", "from sp_sparse.fidelity import plan", "generate may not import fidelity"),
+        (upwards, "serve/web.py", "from sp_sparse.fidelity import plan", "serve may not import fidelity"),
         (upwards, "misc.py", "import torch", "sp_sparse.misc has no layer"),
         (upwards, "kernels/own.py", "import sp_sparse.misc", "kernels may not import None"),
         (third_party, "kernels/own.py", "from diffusers.models import x", "imports diffusers.models.x (allowed are fl"),

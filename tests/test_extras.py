@@ -16,10 +16,11 @@ FRAMEWORKS = {
     *("diffusers", "transformers", "imageio", "PIL"),
     *("vllm", "vllm_omni"),
     *("fastapi", "uvicorn", "pydantic", "httpx"),
+    *("torchmetrics", "matplotlib"),
 }
 
 # Those that may know a framework.
-APPLICATIONS = ("generate", "serve", "integrations")
+APPLICATIONS = ("generate", "serve", "fidelity", "integrations")
 
 
 def _run(code: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -39,15 +40,20 @@ def _without(package: str, command: str) -> str:
         ("serve", "fastapi", "diffusers,serve"),
         ("serve", "diffusers", "diffusers,serve"),
         ("serve", "python_multipart", "diffusers,serve"),
+        ("fidelity", "torchmetrics", "fidelity"),
+        ("fidelity", "diffusers", "fidelity"),
     ],
 )
 def test_a_missing_extra_is_told_in_one_line(command: str, package: str, extra: str) -> None:
-    done = _run(_without(package, f"sp_sparse.{command}"))
+    flags = ["--prompts", "prompts.txt", "--output", "out"] if command == "fidelity" else []
+    done = _run(_without(package, f"sp_sparse.{command}"), *flags)
     told = f'error: {command} needs {package}; pip install "sp-sparse[{extra}]" from a checkout or wheel\n'
     assert (done.returncode, done.stderr) == (2, told)
 
 
-@pytest.mark.parametrize(("command", "package"), [("generate", "diffusers"), ("serve", "fastapi")])
+@pytest.mark.parametrize(
+    ("command", "package"), [("generate", "diffusers"), ("serve", "fastapi"), ("fidelity", "torchmetrics")]
+)
 def test_the_flags_are_told_without_the_extra(command: str, package: str) -> None:
     done = _run(_without(package, f"sp_sparse.{command}"), "--help")
     assert done.returncode == 0, done.stderr

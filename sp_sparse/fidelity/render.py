@@ -1,0 +1,97 @@
+"""Rendering one video in several ways from the same noise: the model's own attention, another dense kernel, a setting."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sp_sparse.fidelity.metrics import as_bytes
+from sp_sparse.fidelity.store import Frames
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.models import transformers_of
+from sp_sparse.generate.stages import StepClock, synchronize
+from sp_sparse.generate.video import EncodedPrompt, decode, denoise, encode_prompt, first_frame
+
+
+@dataclass(frozen=True)
+class Latents:
+    """What denoising gave, and how long it took."""
+
+    latents: Tensor
+    seconds: float
+
+    @property
+    def finite(self) -> bool:
+        return bool(self.latents.isfinite().all())
+
+
+@dataclass(frozen=True)
+class Renderer:
+    """A pipeline with everything that all videos share.
+
+    Attributes:
+        pipe: the diffusers pipeline.
+        arguments: sizes, steps and guidance, filled in.
+        device: where it computes.
+        prompts: encoded, by their texts.
+        image: the first frame, for models that take one.
+    """
+
+    pipe: Any
+    arguments: GenerateArguments
+    device: torch.device
+    prompts: Mapping[str, EncodedPrompt]
+    image: Any | None
+
+    @classmethod
+    def of(
+        cls, pipe: Any, arguments: GenerateArguments, device: torch.device, texts: Iterable[str], takes_image: bool
+    ) -> Renderer:
+        """Encode the prompts, then drop the text encoder."""
+        pipe.set_progress_bar_config(disable=True)
+        prompts = {text: encode_prompt(pipe, arguments, text, device) for text in texts}
+        pipe.text_encoder = None
+        return cls(pipe, arguments, device, prompts, first_frame(arguments) if takes_image else None)
+
+    def denoise(self, prompt: str, seed: int) -> Latents:
+        """From the noise of `seed`, by whatever attention the pipeline has now."""
+        arguments = replace(self.arguments, seed=seed)
+        synchronize(self.device)
+        start = time.perf_counter()
+        latents = denoise(self.pipe, arguments, self.prompts[prompt], StepClock(self.device), self.image)
+        synchronize(self.device)
+        return Latents(latents, time.perf_counter() - start)
+
+    def decode(self, latents: Latents) -> Frames:
+        """Frames `[T, H, W, 3]` of 8 bits, by the same VAE for all."""
+        return as_bytes(decode(self.pipe, latents.latents, lambda: None))
+
+    @property
+    def layers(self) -> int:
+        return len(self.pipe.transformer.blocks)
+
+    @property
+    def heads(self) -> int:
+        heads: int = self.pipe.transformer.config.num_attention_heads
+        return heads
+
+
+@contextmanager
+def other_dense_kernel(pipe: Any) -> Iterator[None]:
+    """Within it, torch's dense attention runs by a kernel that it does not take of itself.
+
+    In half precision on GPUs that is the memory-efficient one instead of FlashAttention or cuDNN, else the one that writes
+    out the scores, for which long float32 sequences may lack the memory.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    weight = transformers_of(pipe)[0].blocks[0].attn1.to_q.weight
+    is_half = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if is_half else SDPBackend.MATH):
+        yield

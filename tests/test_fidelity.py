@@ -1,0 +1,316 @@
+"""`sp_sparse.fidelity` end to end: in this process, on forked ranks, and as processes that are killed."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sp_sparse.fidelity import job
+from sp_sparse.fidelity.__main__ import main
+from sp_sparse.fidelity.arguments import parse_arguments
+from sp_sparse.fidelity.plan import Setting
+from sp_sparse.fidelity.store import Item, ResultStore
+from tests.processes import process_of_rank, wait_for
+from tests.ranks import run_ranks
+
+ROOT = Path(__file__).resolve().parents[1]
+# 4 x 4 x 4 tokens, 8 blocks of 8.
+SMALL = ["--height=64", "--width=64", "--num-frames=13", "--num-inference-steps=2", "--block-sizes=8"]
+BACKEND = ["--sparse-attn-backend", "reference"]
+PROMPTS = ("a red ball rolls to the left", "a <b>dog</b> & a cat")
+
+
+def _flags(folder: Path, *more: str, name: str = "out") -> list[str]:
+    prompts = folder / "prompts.txt"
+    prompts.write_text("\n\n".join(PROMPTS) + "\n", encoding="utf-8")
+    return ["--prompts", str(prompts), "--output", str(folder / name), *SMALL, *BACKEND, *more]
+
+
+def _lines(folder: Path, name: str = "out") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / name / "fidelity.jsonl").read_text().splitlines()]
+
+
+def _rank_measures(rank: int, flags: list[str]) -> None:
+    assert main(flags) == 0
+
+
+def _error(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
+    """The one line that a refused job prints."""
+    capsys.readouterr()
+    assert main(list(flags)) == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
+    assert len(lines) == 1
+    return lines[0]
+
+
+def test_a_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flags = _flags(
+        tmp_path,
+        *("--seeds", "2", "--densities", "0.2,1", "--selectors", "topk,mass", "--orders", "raster,hilbert"),
+        *("--caption-check", "tests.fidelity_captions:brightness", "--shown", "1"),
+    )
+    assert main(flags) == 0
+    told = capsys.readouterr().err
+    assert told.count("LPIPS is left out") <= 1
+    # 2 prompts x 2 seeds x (dense, floor, 8 settings), and the masks of the 4 sparse settings.
+    assert re.search(r"^44 of 44: masks of mass, drop, hilbert, d=0.2; 0 s left$", told, re.MULTILINE)
+    lines = _lines(tmp_path)
+    assert len(lines) == 40
+    for line in lines:
+        _check_line(line)
+    assert {line["kind"] for line in lines} == {"dense", "floor", "sparse"}
+    assert len({Item.of_line(line) for line in lines}) == 40
+    assert any(line["psnr"] is not None for line in lines if line["kind"] == "floor"), "it is the same kernel"
+    for line in lines:
+        if line["kind"] == "floor" or (line["setting"] or {}).get("density") == 1.0:
+            assert line["psnr"] is None or line["psnr"] > 70
+        elif line["kind"] == "sparse":
+            assert 20 < line["psnr"] < 65
+            assert line["density"] == 0.25  # 2 of 8 blocks
+            assert line["calls"]["reference"] == 8
+    _check_files(tmp_path / "out")
+
+
+def _check_line(line: dict[str, Any]) -> None:
+    figures = {"psnr", "ssim", "lpips", "caption", "density", "density_all", "seconds", "decode_seconds"}
+    assert set(line) == {
+        *("kind", "prompt", "seed", "setting", "finite", "calls", "mesh", "model", "device", "versions", "date"),
+        *figures,
+    }
+    for name in figures - {"lpips"}:
+        assert isinstance(line[name], float) or (line[name] is None and name in ("psnr", "ssim")), name
+    assert (line["ssim"] is None) == (line["kind"] == "dense")
+    assert line["finite"]
+    assert 0 <= line["caption"] <= 1
+    assert line["mesh"] == {"ulysses": 1, "ring": 1, "cfg": 1}
+    assert {"python", "torch", "sp_sparse", "diffusers", "torchmetrics"} <= set(line["versions"])
+    assert (line["setting"] is None) == (line["kind"] != "sparse")
+    if line["setting"] is not None:
+        assert Setting.from_json(line["setting"]).block_size == (8, 8)
+
+
+def _check_files(folder: Path) -> None:
+    assert {path.name for path in folder.iterdir()} == {
+        *("run.json", "fidelity.jsonl", "fidelity.md", "fidelity.txt", "index.html", "psnr.png", "ssim.png"),
+        *("frames", "masks"),
+    }
+    page = (folder / "index.html").read_text(encoding="utf-8")
+    assert "a &lt;b&gt;dog" not in page, "only the first prompt is shown"
+    # Everything that it refers to lies within it.
+    references = re.findall(r"""(?:src|href|poster|data|action)\s*=\s*["']?([^"'\s>]{0,20})""", page)
+    assert len(references) > 25
+    assert all(reference.startswith("data:") for reference in references)
+    assert not re.search(r"https?://|@import|url\(|<script|<link", page)
+    assert page.count("<video") == 10
+    assert page.count("data:video/mp4;base64,") == 10
+    assert page.count('class="mask"') == 4 * 2 * 2  # settings x layers x steps
+    table = (folder / "fidelity.md").read_text(encoding="utf-8")
+    assert "| setting | density | of all calls | PSNR dB | Δ PSNR dB | SSIM | Δ SSIM | caption |" in table
+    assert "Attention mass covered" in table
+    # What is dense, and everything of the first prompt at seed 0.
+    assert len(list((folder / "frames").iterdir())) == 4 + 9
+
+
+def test_lists_in_a_configuration_file(tmp_path: Path) -> None:
+    lists = {
+        "densities": [0.1, 0.2],
+        "selectors": ["topk", "mass"],
+        "dense_steps": 2,
+        "block_sizes": ["16x8", 8],
+        "keep_diagonal": [True, False],
+        "noise_floor": "false",
+    }
+    (tmp_path / "lists.json").write_text(json.dumps(lists))
+    arguments = parse_arguments(["--config", str(tmp_path / "lists.json"), "--prompts", "p", "--output", "o"])
+    assert arguments.densities == (0.1, 0.2)
+    assert arguments.selectors == ("topk", "mass")
+    assert arguments.dense_steps == (2,)
+    assert arguments.block_sizes == ((16, 8), (8, 8))
+    assert arguments.keep_diagonal == (True, False)
+    assert arguments.noise_floor is False
+    assert len(arguments.settings) == 16
+    assert arguments.settings[0].config("auto").dense_steps == 2
+
+
+def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(_flags(tmp_path, "--densities", "0.2")) == 0
+    path = tmp_path / "out" / "fidelity.jsonl"
+    before = path.read_bytes()
+    (tmp_path / "out" / "index.html").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "load_pipeline", lambda *_: pytest.fail("nothing is missing"))
+        assert main(_flags(tmp_path, "--densities", "0.2")) == 0
+    assert path.read_bytes() == before
+    assert (tmp_path / "out" / "index.html").exists()
+    # A line that was cut off, and one density more.
+    path.write_bytes(before[:-20])
+    assert main(_flags(tmp_path, "--densities", "0.2,0.5")) == 0
+    lines = _lines(tmp_path)
+    assert len(lines) == len({Item.of_line(line) for line in lines}) == 8
+    assert path.read_bytes().startswith(before[: before[:-1].rfind(b"\n") + 1])
+    repeated = json.loads(before.splitlines()[-1])
+    (again,) = (line for line in lines if Item.of_line(line) == Item.of_line(repeated))
+    assert again["psnr"] == repeated["psnr"], "the same noise gives the same video"
+
+
+def test_dense_frames_that_are_gone_are_made_again(tmp_path: Path) -> None:
+    assert main(_flags(tmp_path, "--densities", "0.2", "--masks", "false")) == 0
+    frames = sorted((tmp_path / "out" / "frames").glob("dense-*"))
+    before = np.load(frames[0])["frames"]
+    frames[0].write_bytes(frames[0].read_bytes()[:100])
+    frames[1].unlink()
+    assert main(_flags(tmp_path, "--densities", "0.2,0.5", "--masks", "false")) == 0
+    assert (np.load(frames[0])["frames"] == before).all()
+    assert len(ResultStore(tmp_path / "out").lines()) == 8
+
+
+@pytest.mark.parametrize("degrees", [["--ring-degree", "2"], ["--ulysses-degree", "2"], ["--cfg-parallel-degree", "2"]])
+def test_two_ranks_measure_as_one(tmp_path: Path, degrees: list[str]) -> None:
+    more = ["--densities", "0.2,0.5", "--remainders", "drop,linear"]
+    assert main(_flags(tmp_path, *more)) == 0
+    run_ranks(2, _rank_measures, _flags(tmp_path, *more, *degrees, name="two"))
+    one, two = ({Item.of_line(line): line for line in _lines(tmp_path, name)} for name in ("out", "two"))
+    assert set(one) == set(two)
+    for item, line in one.items():
+        other = two[item]
+        assert line["density"] == pytest.approx(other["density"], abs=1e-12)
+        if item.kind == "sparse":
+            assert line["psnr"] == pytest.approx(other["psnr"], abs=0.05)
+            assert line["ssim"] == pytest.approx(other["ssim"], abs=1e-3)
+        else:
+            assert (line["psnr"], line["ssim"]) == (other["psnr"], other["ssim"])
+    masks = sorted(path.name for path in (tmp_path / "out" / "masks").iterdir())
+    assert len(masks) == 2
+    for name in masks:
+        first, second = (np.load(tmp_path / folder / "masks" / name) for folder in ("out", "two"))
+        assert (first["masks"] == second["masks"]).all()
+        assert np.abs(first["covered"] - second["covered"]).max() < 1e-4
+
+
+def _command(ranks: int, flags: list[str]) -> list[str]:
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [sys.executable, *start, "-m", "sp_sparse.fidelity", *flags]
+
+
+def _stop_after_some_videos(folder: Path, flags: list[str], number: int, ranks: int = 1) -> tuple[int, str]:
+    """Start it, and send a signal to it, or to the last of its ranks, once some videos are measured."""
+    log = folder / "log.txt"
+    with log.open("wb") as stderr:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(_command(ranks, flags), cwd=folder, env=environment, stderr=stderr)
+        try:
+            lines = folder / "out" / "fidelity.jsonl"
+            wait_for(lambda: (lines.exists() and lines.read_bytes().count(b"\n") >= 3) or process.poll() is not None)
+            target = process.pid if ranks == 1 else process_of_rank(process.pid, ranks - 1)
+            assert target is not None
+            os.kill(target, number)
+            return process.wait(120), log.read_text()
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGINT, 130)])
+def test_a_stopped_measurement_goes_on(tmp_path: Path, number: int, status: int) -> None:
+    flags = _flags(tmp_path, "--seeds", "4", "--densities", "0.2,0.3,0.5", "--masks", "false", "--shown", "0")
+    found, told = _stop_after_some_videos(tmp_path, flags, number)
+    assert found == status, told
+    assert (number != signal.SIGINT) or "the same command goes on after the last video that was measured" in told
+    before = (tmp_path / "out" / "fidelity.jsonl").read_bytes()
+    kept = before[: before.rfind(b"\n") + 1]
+    assert 3 <= kept.count(b"\n") < 40
+    assert main(flags) == 0
+    assert (tmp_path / "out" / "fidelity.jsonl").read_bytes().startswith(kept)
+    lines = _lines(tmp_path)
+    assert len(lines) == len({Item.of_line(line) for line in lines}) == 2 * 4 * 5
+
+
+def test_a_rank_that_dies_ends_all_with_a_sentence(tmp_path: Path) -> None:
+    flags = _flags(tmp_path, "--seeds", "4", "--densities", "0.2,0.3,0.5", "--masks", "false", "--ring-degree", "2")
+    status, told = _stop_after_some_videos(tmp_path, flags, signal.SIGKILL, ranks=2)
+    assert status not in (0, None)
+    assert re.search(r"error: .*(a rank stopped|another rank failed)", told), told
+    assert ResultStore(tmp_path / "out").lines()
+
+
+def test_a_full_disk_is_told_and_gone_on_from(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = _flags(tmp_path, "--densities", "0.2", "--masks", "false")
+    synced: list[int] = []
+
+    def full(file: int) -> None:
+        synced.append(file)
+        if len(synced) == 5:
+            os.ftruncate(file, os.fstat(file).st_size - 30)  # the end of the line found no room
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        told = _error(capsys, *flags)
+    assert "is full; free some room and start the same command again: it goes on after the last video" in told
+    assert not (tmp_path / "out" / "fidelity.jsonl").read_bytes().endswith(b"\n")
+    assert main(flags) == 0
+    assert len(_lines(tmp_path)) == 6
+
+
+def test_a_full_disk_under_the_frames(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(np, "savez_compressed", full)
+    assert "is full; free some room" in _error(capsys, *_flags(tmp_path))
+    assert not list((tmp_path / "out" / "frames").iterdir())
+
+
+def test_another_size_does_not_go_into_the_same_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(_flags(tmp_path, "--densities", "0.2", "--masks", "false")) == 0
+    told = _error(capsys, *_flags(tmp_path, "--num-inference-steps", "3", "--guidance-scale", "2"))
+    assert (
+        "num_inference_steps 2 there, 3 now; guidance_scale 3.0 there, 2.0 now; give the same again, or another" in told
+    )
+    told = _error(capsys, *_flags(tmp_path, "--model", "tiny-ti2v", "--height=64", "--width=64"))
+    assert "model 'tiny' there, 'tiny-ti2v' now" in told
+
+
+def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "fidelity.jsonl").write_text("{}\n")
+    assert "fidelity.jsonl:1 cannot be read ('setting'); remove this line" in _error(capsys, *_flags(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        (["--prompts", ""], "--prompts is missing; give a file with one prompt a line"),
+        (["--output", ""], "--output is missing; give a folder for the results"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+        (["--selectors", "topk,best"], "unknown selector 'best'; use one of topk"),
+        (["--remainders", "drop,guess"], "remainder='guess' is not known; use one of drop, mean, linear"),
+        (["--orders", "raster,spiral"], "token_order='spiral' is not known; use one of raster, tile, hilbert"),
+        (["--densities", "0.1,0"], "topk 0.0 is outside (0, 1]"),
+        (["--densities", "much"], "--densities: invalid"),
+        (["--block-sizes", "4"], "block_size (4, 4): each of (query, key) must be in [8, 256]"),
+        (["--dense-steps", "2"], "--dense-steps 2 leaves none of 2 steps sparse; use fewer"),
+        (["--seeds", "0"], "--seeds 0 is below 1"),
+        (["--baseline", "remainder=linear"], "remainder 'linear' is not measured; use one of drop"),
+        (["--caption-check", "tests.fidelity_captions:missing"], "cannot be loaded"),
+        (["--caption-check", "tests.fidelity_captions:wrong"], "--caption-check gave 2.0 for 'a red ball"),
+        (["--sparse-attn-backend", "none"], "leaves attention dense, which is rendered anyhow; use auto"),
+        (["--ring-degree", "2"], "2 ranks are asked for, but 1 run"),
+        (["--num-frames", "12"], "frames are 4n + 1; use 9 or 13"),
+    ],
+)
+def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str) -> None:
+    assert expected in _error(capsys, *_flags(tmp_path, *more))
