@@ -84,7 +84,20 @@ def test_a_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
 def _check_line(line: dict[str, Any]) -> None:
     figures = {"psnr", "ssim", "lpips", "caption", "density", "density_all", "seconds", "decode_seconds"}
     assert set(line) == {
-        *("kind", "prompt", "seed", "setting", "finite", "calls", "mesh", "model", "device", "versions", "date"),
+        *(
+            "kind",
+            "prompt",
+            "seed",
+            "setting",
+            "finite",
+            "calls",
+            "mesh",
+            "batch",
+            "model",
+            "device",
+            "versions",
+            "date",
+        ),
         *figures,
     }
     for name in figures - {"lpips"}:
@@ -195,6 +208,41 @@ def test_two_ranks_measure_as_one(tmp_path: Path, degrees: list[str]) -> None:
         first, second = (np.load(tmp_path / folder / "masks" / name) for folder in ("out", "two"))
         assert (first["masks"] == second["masks"]).all()
         assert np.abs(first["covered"] - second["covered"]).max() < 1e-4
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_batch_measures_as_one_video_does(tmp_path: Path, ranks: int) -> None:
+    """3 of 4 videos together, and the one that is left; then what was lost of a batch is made again with all of it."""
+    more = ["--seeds", "2", "--densities", "0.2", "--remainders", "linear", "--masks", "false"]
+    assert main(_flags(tmp_path, *more)) == 0
+    flags = _flags(tmp_path, *more, "--batch", "3", *(["--ring-degree", "2"] if ranks > 1 else []), name="batches")
+    run_ranks(ranks, _rank_measures, flags)
+    one, batched = ({Item.of_line(line): line for line in _lines(tmp_path, name)} for name in ("out", "batches"))
+    assert set(one) == set(batched)
+    assert sorted(line["batch"] for line in batched.values()) == [1] * 3 + [3] * 9
+    for item, line in batched.items():
+        if item.kind == "sparse":
+            assert line["psnr"] == pytest.approx(one[item]["psnr"], abs=0.05)
+            assert line["density"] == pytest.approx(one[item]["density"], abs=0.01)
+        elif item.kind == "dense":
+            dense, alone = (ResultStore(tmp_path / name).frames(item) for name in ("batches", "out"))
+            assert dense is not None
+            assert np.abs(dense.astype(int) - alone).max() <= 1
+    path = tmp_path / "batches" / "fidelity.jsonl"
+    kept = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(kept[:7]))
+    run_ranks(ranks, _rank_measures, flags)
+    again = {Item.of_line(line): line for line in _lines(tmp_path, "batches")}
+    assert {item: line["psnr"] for item, line in again.items()} == {i: line["psnr"] for i, line in batched.items()}
+    assert len(_lines(tmp_path, "batches")) == 12
+
+
+def test_a_batch_of_another_size_does_not_go_into_the_same_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = _flags(tmp_path, "--densities", "0.2", "--masks", "false")
+    assert main(flags) == 0
+    assert "batch 1 there, 2 now" in _error(capsys, *flags, "--batch", "2")
 
 
 def _command(ranks: int, flags: list[str]) -> list[str]:

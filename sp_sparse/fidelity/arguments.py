@@ -59,12 +59,13 @@ class FidelityArguments:
     )
     noise_floor: bool = option(True, "render dense attention by another kernel too: true or false", _switch)
     masks: bool = option(True, "look at the masks of the first prompt, in a run of their own: true or false", _switch)
+    batch: int = option(1, "videos made together, as the memory allows", int, at_least=1, at_most=1000)
     shown: int = option(2, "prompts whose videos the page shows, each at seed 0", int, at_least=0, at_most=1000)
     caption_check: str | None = option(
         None, "package.module:function (frames [T, H, W, 3] in [0, 1], prompt) -> share of the caption that is shown"
     )
     model: str = _shared("model")
-    layers: int = _shared("layers")
+    layers: int | None = _shared("layers")
     lora: tuple[str, ...] = _shared("lora")
     lora_2: tuple[str, ...] = _shared("lora_2")
     negative_prompt: str = _shared("negative_prompt")

@@ -89,7 +89,8 @@ def _open(
     arguments: FidelityArguments, base: GenerateArguments, model: WanModel, store: ResultStore, ranks: Ranks
 ) -> Work:
     """Begin or go on with the folder, and see what is missing."""
-    store.open(_shared_by_all(base, model, ranks))
+    # A batch of another size rounds otherwise, by which long trajectories part.
+    store.open({**_shared_by_all(base, model, ranks), "batch": arguments.batch})
     prompts = tuple(dict.fromkeys(base.prompts))
     kinds = (DENSE, FLOOR) if arguments.noise_floor else (DENSE,)
     settings = arguments.settings

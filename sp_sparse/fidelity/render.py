@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +18,22 @@ from sp_sparse.generate.models import transformers_of
 from sp_sparse.generate.stages import StepClock, synchronize
 from sp_sparse.generate.video import EncodedPrompt, decode, denoise, encode_prompt, first_frame
 
+# (prompt, seed)
+Video = tuple[str, int]
+
 
 @dataclass(frozen=True)
 class Latents:
-    """What denoising gave, and how long it took."""
+    """What denoising gave, `[B, C, T, H, W]`, and how long it took all of them."""
 
     latents: Tensor
     seconds: float
 
     @property
-    def finite(self) -> bool:
-        return bool(self.latents.isfinite().all())
+    def finite(self) -> list[bool]:
+        """Of each video."""
+        flags: list[bool] = self.latents.isfinite().flatten(1).all(1).tolist()
+        return flags
 
 
 @dataclass(frozen=True)
@@ -59,18 +64,20 @@ class Renderer:
         pipe.text_encoder = None
         return cls(pipe, arguments, device, prompts, first_frame(arguments) if takes_image else None)
 
-    def denoise(self, prompt: str, seed: int) -> Latents:
-        """From the noise of `seed`, by whatever attention the pipeline has now."""
-        arguments = replace(self.arguments, seed=seed)
+    def denoise(self, videos: Sequence[Video]) -> Latents:
+        """All of them together, each from the noise of its seed, by whatever attention the pipeline has now."""
+        prompts = [self.prompts[prompt] for prompt, _ in videos]
+        seeds = [seed for _, seed in videos]
         synchronize(self.device)
         start = time.perf_counter()
-        latents = denoise(self.pipe, arguments, self.prompts[prompt], StepClock(self.device), self.image)
+        clock = StepClock(self.device)
+        latents = denoise(self.pipe, self.arguments, _together(prompts), clock, self.image, seeds)
         synchronize(self.device)
         return Latents(latents, time.perf_counter() - start)
 
-    def decode(self, latents: Latents) -> Frames:
-        """Frames `[T, H, W, 3]` of 8 bits, by the same VAE for all."""
-        return as_bytes(decode(self.pipe, latents.latents, lambda: None))
+    def decode(self, latents: Latents) -> list[Frames]:
+        """Frames `[T, H, W, 3]` of 8 bits of each video, by the same VAE for all."""
+        return [as_bytes(frames) for frames in decode(self.pipe, latents.latents, lambda: None)]
 
     @property
     def layers(self) -> int:
@@ -80,6 +87,15 @@ class Renderer:
     def heads(self) -> int:
         heads: int = self.pipe.transformer.config.num_attention_heads
         return heads
+
+
+def _together(prompts: Sequence[EncodedPrompt]) -> EncodedPrompt:
+    negatives = [prompt.negative for prompt in prompts if prompt.negative is not None]
+    return EncodedPrompt(
+        ", ".join(prompt.text for prompt in prompts),
+        torch.cat([prompt.embeds for prompt in prompts]),
+        torch.cat(negatives) if negatives else None,
+    )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +25,8 @@ _TEXT_LENGTH = 512
 
 @dataclass(frozen=True)
 class EncodedPrompt:
-    """What the transformer reads of a prompt: `[1, L, C]`, the negative one None without guidance."""
+    """What the transformer reads of a prompt: `[1, L, C]`, the negative one None without guidance. Several prompts that are
+    denoised together are one of `[B, L, C]`."""
 
     text: str
     embeds: Tensor
@@ -52,9 +53,14 @@ def encode_prompt(pipe: Any, arguments: GenerateArguments, text: str, device: to
 
 
 def denoise(
-    pipe: Any, arguments: GenerateArguments, prompt: EncodedPrompt, clock: StepClock, image: Any | None
+    pipe: Any,
+    arguments: GenerateArguments,
+    prompt: EncodedPrompt,
+    clock: StepClock,
+    image: Any | None,
+    seeds: Sequence[int] = (),
 ) -> Tensor:
-    """The final latents `[1, C, T, H, W]`."""
+    """The final latents `[B, C, T, H, W]`, from the noise of `seeds`, one a prompt; by default that of the arguments."""
     inputs: dict[str, Any] = {}
     if image is not None:
         assert arguments.height is not None  # filled
@@ -64,7 +70,8 @@ def denoise(
     if arguments.guidance_scale_2 is not None:
         inputs["guidance_scale_2"] = arguments.guidance_scale_2
     # On the CPU: the same noise on every rank and device.
-    generator = torch.Generator().manual_seed(arguments.seed)
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds or (arguments.seed,)]
+    generator = generators[0] if len(generators) == 1 else generators
     with seeded_steps(pipe.scheduler, generator):
         latents: Tensor = pipe(
             prompt_embeds=prompt.embeds,
@@ -83,8 +90,9 @@ def denoise(
 
 
 @contextmanager
-def seeded_steps(scheduler: Any, generator: torch.Generator) -> Iterator[None]:
-    """Within it, the noise that a scheduler draws in its steps comes from `generator`; Wan's pipelines pass none."""
+def seeded_steps(scheduler: Any, generator: torch.Generator | list[torch.Generator]) -> Iterator[None]:
+    """Within it, the noise that a scheduler draws in its steps comes from `generator`, or one a video; Wan's pipelines pass
+    none."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
         yield
         return
@@ -101,7 +109,7 @@ def seeded_steps(scheduler: Any, generator: torch.Generator) -> Iterator[None]:
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
-    """Frames `[T, H, W, 3]` in [0, 1] on the CPU; `on_frame` is called after each latent frame."""
+    """Frames `[B, T, H, W, 3]` in [0, 1] on the CPU; `on_frame` is called after each latent frame."""
     vae = pipe.vae
     mean, std = (
         torch.tensor(numbers, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
@@ -117,8 +125,8 @@ def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
         pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
     finally:
         hook.remove()
-    frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")[0]
-    return frames.permute(0, 2, 3, 1).float().cpu()
+    frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")
+    return frames.permute(0, 1, 3, 4, 2).float().cpu()
 
 
 def first_frame(arguments: GenerateArguments) -> Any:
@@ -190,7 +198,7 @@ class VideoMaker:
                 stages.measure("decode"),
                 tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar,
             ):
-                frames = decode(self.pipe, latents, bar.update)
+                (frames,) = decode(self.pipe, latents, bar.update)
         return Video(prompt, latents.cpu(), frames, tuple(seconds))
 
     @property

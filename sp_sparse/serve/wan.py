@@ -163,7 +163,7 @@ class WanBackend:
             done += 1
             on_part(done, parts)
 
-        frames = decode(self._pipe, latents, on_frame)
+        (frames,) = decode(self._pipe, latents, on_frame)
         _check_finite("frames", frames)
         return frames
 
