@@ -7,14 +7,25 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields
 from numbers import Integral
+from types import MappingProxyType
 from typing import Any
 
-from sp_sparse.flags import add_flags, check_numbers, option
+from sp_sparse.flags import add_flags, check_numbers, flag_of, option
 from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
 KV_EXCHANGES = ("ring", "all_gather")
 REMAINDERS = ("drop", "mean", "linear")
+
+# Settings by name. Each is as if its values were given; what is given beside it goes before.
+PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "quality": {"backend": "auto", "topk": 0.3, "schedule": "conservative", "remainder": "linear"},
+        "balanced": {"backend": "auto", "topk": 0.2, "schedule": "conservative", "remainder": "linear"},
+        "fast": {"backend": "auto", "topk": 0.1, "schedule": "conservative", "remainder": "linear"},
+    }
+)
+PRESET_HELP = "settings by name, which the other sparse attention flags override"
 
 # Of the names of the flags: `topk` is `--sparse-attn-topk`.
 FLAG_PREFIX = "sparse_attn_"
@@ -154,16 +165,22 @@ class SparseAttentionConfig:
     @classmethod
     def add_flags(cls, parser: argparse.ArgumentParser) -> None:
         """Add `--sparse-attn-…` flags, `_` for `-` accepted; one that is not given stays absent from the namespace."""
-        add_flags(parser.add_argument_group("sparse attention"), cls, FLAG_PREFIX)
+        group = parser.add_argument_group("sparse attention")
+        add_flags(group, cls, FLAG_PREFIX)
+        name = f"{FLAG_PREFIX}preset"
+        group.add_argument(
+            flag_of(name), dest=name, choices=tuple(PRESETS), default=argparse.SUPPRESS, help=PRESET_HELP
+        )
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> SparseAttentionConfig:
-        """From `{"topk": 0.3, …}`, refusing unknown names; texts are read as the flags are."""
+        """From `{"topk": 0.3, …}`, refusing unknown names; texts are read as the flags are. `preset` is one of PRESETS."""
         known = {entry.name for entry in fields(cls)}
+        values = _with_preset(values)
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(
-                f"unknown sparse attention options {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+                f"unknown sparse attention options {', '.join(unknown)}; known are {', '.join(sorted(known | {'preset'}))}"
             )
         parsers = {entry.name: entry.metadata["parse"] for entry in fields(cls)}
         return cls(**{n: parsers[n](v) if isinstance(v, str) else v for n, v in values.items()})
@@ -172,7 +189,27 @@ class SparseAttentionConfig:
     def from_flags(cls, namespace: argparse.Namespace) -> SparseAttentionConfig:
         """From a namespace that `add_flags` filled, refusing a flag that nothing reads beside the others."""
         given = vars(namespace)
-        values = {o.name: given[FLAG_PREFIX + o.name] for o in fields(cls) if FLAG_PREFIX + o.name in given}
+        names = [*(entry.name for entry in fields(cls)), "preset"]
+        values = _with_preset({name: given[FLAG_PREFIX + name] for name in names if FLAG_PREFIX + name in given})
         config = cls(**values)
-        config.check_read(values)
+        try:
+            config.check_read(values)
+        except ValueError as error:
+            preset = given.get(f"{FLAG_PREFIX}preset")
+            raise ValueError(f"{error}; it comes with preset {preset!r}" if preset else str(error)) from None
         return config
+
+
+def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, over those of the preset among them."""
+    values = dict(values)
+    name = values.pop("preset", None)
+    if name is None:
+        return values
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is not known; use one of {', '.join(PRESETS)}")
+    if values.get("backend") == "none":
+        raise ValueError(
+            f"preset {name!r} makes attention sparse, and backend 'none' leaves it dense; leave one of them out"
+        )
+    return {**PRESETS[name], **values}

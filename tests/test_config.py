@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from sp_sparse import SparseAttentionConfig
+from sp_sparse.config import PRESETS
 
 
 def _parse(*arguments: str) -> SparseAttentionConfig:
@@ -71,6 +72,48 @@ def test_bool_flags(name: str, text: str) -> None:
 def test_no_flags_is_the_default_and_leaves_the_model_alone() -> None:
     assert _parse() == SparseAttentionConfig() == SparseAttentionConfig.from_mapping({})
     assert SparseAttentionConfig().backend == "none"
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets(name: str) -> None:
+    flag = "--sparse-attn-preset"
+    assert _parse(flag, name) == SparseAttentionConfig(**PRESETS[name]) != SparseAttentionConfig()
+    assert SparseAttentionConfig.from_mapping({"preset": name}) == _parse(flag, name)
+    # A value that is the default is given too.
+    default = SparseAttentionConfig()
+    over = _parse(
+        flag, name, "--sparse-attn-topk", "0.3", "--sparse-attn-remainder=drop", "--sparse-attn-backend=triton"
+    )
+    assert (over.topk, over.remainder, over.backend) == (default.topk, default.remainder, "triton")
+    assert over.schedule == PRESETS[name]["schedule"]
+
+
+def test_densities_of_presets_fall() -> None:
+    assert [PRESETS[name]["topk"] for name in ("quality", "balanced", "fast")] == [0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("more", "match"),
+    [
+        (
+            ("--sparse-attn-backend", "none"),
+            "preset 'fast' makes attention sparse, and backend 'none' leaves it",
+        ),
+        (
+            ("--sparse-attn-schedule=table", "--sparse-attn-schedule-table=1,0.2"),
+            r"topk=0.1 changes nothing beside a schedule table.*; it comes with preset 'fast'$",
+        ),
+        (("--sparse-attn-selector=window",), "topk=0.1 changes nothing with selector 'window'.*preset 'fast'$"),
+    ],
+)
+def test_contradictions_of_presets(more: tuple[str, ...], match: str) -> None:
+    with pytest.raises(ValueError, match=match):
+        _parse("--sparse-attn-preset", "fast", *more)
+
+
+def test_unknown_preset() -> None:
+    with pytest.raises(ValueError, match="preset='slow' is not known; use one of quality, balanced, fast"):
+        SparseAttentionConfig.from_mapping({"preset": "slow"})
 
 
 def test_absent_flags_stay_absent() -> None:

@@ -156,6 +156,11 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
     assert parse_arguments(["--config", str(config), "--prompt-file", str(prompts)]).prompts == ("a cat",)
+    same.write_text(json.dumps({"sparse_attn_preset": "fast", "sparse_attn_dense_layers": 1}))
+    named = parse_arguments(["--config", str(same), "--sparse-attn-topk", "0.15"])
+    assert named.sparse_attn_preset == "fast", "the report tells it"
+    assert (named.sparse.backend, named.sparse.topk, named.sparse.remainder) == ("auto", 0.15, "linear")
+    assert (named.sparse.dense_layers, named.sparse.block_size) == (1, (16, 16))
 
 
 def test_local_path(tmp_path: Path) -> None:

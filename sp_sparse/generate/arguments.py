@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sp_sparse import SparseAttentionConfig
-from sp_sparse.config import FLAG_PREFIX
+from sp_sparse.config import FLAG_PREFIX, PRESET_HELP, PRESETS
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
@@ -52,6 +52,7 @@ class GenerateArguments:
         at_least=1,
         at_most=1000,
     )
+    sparse_attn_preset: str | None = option(None, PRESET_HELP, choices=tuple(PRESETS))
     lora: tuple[str, ...] = option(
         (),
         "LoRA weights for the first (or only, or high-noise) expert: a file, folder or hub id; several with commas or by "
@@ -215,10 +216,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
 def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:
     """What the `--sparse-attn-…` flags say, for the model that is asked for."""
     names = [name for name in given if name.startswith(FLAG_PREFIX)]
-    if names and FLAG_PREFIX + "backend" not in names:
+    if names and not {f"{FLAG_PREFIX}backend", f"{FLAG_PREFIX}preset"} & set(names):
         raise ValueError(
-            f"{flag_of(names[0])} is given, but attention is dense without a backend; add --sparse-attn-backend auto, or "
-            "none to keep it dense"
+            f"{flag_of(names[0])} is given, but attention is dense without a backend; add --sparse-attn-backend auto or a "
+            "preset, or none to keep it dense"
         )
     if given.get("model", "tiny") in TINY_MODELS:
         given = {"sparse_attn_block_size": _TINY_BLOCK, **given}

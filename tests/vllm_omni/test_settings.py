@@ -61,6 +61,15 @@ def test_refused(block_sparse: dict[str, Any], options: dict[str, Any], message:
         Settings.read(block_sparse, {"sp_sparse": options})
 
 
+def test_a_preset_brings_what_is_not_given() -> None:
+    preset = {"sp_sparse": {"preset": "fast", "num_steps": 40}}
+    config = Settings.read(None, preset).config
+    assert (config.backend, config.topk, config.schedule, config.remainder) == ("auto", 0.1, "conservative", "linear")
+    assert Settings.read({"sparsity": 0.8}, preset).config.topk == 0.2
+    preset["sp_sparse"]["remainder"] = "drop"
+    assert Settings.read(None, preset).config.remainder == "drop"
+
+
 def test_refused_values() -> None:
     with pytest.raises(ValueError, match=r'"sp_sparse" in --additional-config is \'x\'; give an object'):
         Settings.read(None, {"sp_sparse": "x"})

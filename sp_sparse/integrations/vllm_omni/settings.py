@@ -71,9 +71,11 @@ class Settings:
             )
         rest = _rest(additional)
         num_steps = rest.pop("num_steps", None)
-        config = SparseAttentionConfig.from_mapping(
-            {"backend": "auto", "schedule": "constant", **rest, "topk": round(1.0 - given["sparsity"], 9)}
-        )
+        # A preset brings a density and a schedule, unless they are given.
+        own = {} if "preset" in rest else {"backend": "auto", "schedule": "constant"}
+        if "preset" not in rest or "sparsity" in (block_sparse or {}):
+            own["topk"] = round(1.0 - given["sparsity"], 9)
+        config = SparseAttentionConfig.from_mapping({**own, **rest})
         if config.backend == "none":
             raise ValueError(f'{KEY}.backend is "none"; name a kernel or "auto", or choose another attention backend')
         return cls(
@@ -135,7 +137,7 @@ def _rest(additional: Mapping[str, Any] | None) -> dict[str, Any]:
                 "here both experts go by the same settings: leave it out"
             )
     known = {option.name for option in fields(SparseAttentionConfig)} - _ELSEWHERE.keys()
-    known = {name for name in known if not name.endswith("_2")} | {"num_steps"}
+    known = {name for name in known if not name.endswith("_2")} | {"num_steps", "preset"}
     unknown = sorted(set(rest) - known)
     if unknown:
         raise ValueError(
