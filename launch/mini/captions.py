@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from launch.mini.scenes import Figure, Scene
+from launch.mini.scenes import COLORS, PATTERNS, SHAPES, TONES, Figure, Scene
 
 _VERBS = (("moves", "moving"), ("glides", "gliding"), ("drifts", "drifting"), ("slides", "sliding"))
 _TOWARDS = {
@@ -32,24 +32,27 @@ _OVER = ("over", "across", "in front of")
 def caption_of(scene: Scene, rng: random.Random) -> str:
     """One of the ways to say what a scene shows; a still camera may go unsaid."""
     background = f"{rng.choice(_OVER)} {scene.tone} {scene.pattern}"
-    camera = rng.choice(_CAMERA[scene.camera])
-    unsaid = scene.camera == "still" and rng.random() < 0.5
-    style = rng.randrange(4)
-    if style == 0:
-        figures = " and ".join(_figure(figure, rng, finite=True) for figure in scene.figures)
+    finite = rng.random() < 0.5
+    figures = " and ".join(_figure(figure, rng, finite) for figure in scene.figures)
+    if not finite:
+        text = f"{rng.choice(('', 'a video of '))}{figures} {background}"
+    elif rng.random() < 0.5:
         text = f"{figures} {background}"
-        return text if unsaid else f"{text} while {camera}"
-    if style == 1:
-        figures = " and ".join(_figure(figure, rng, finite=False) for figure in scene.figures)
-        text = f"{figures} {background}"
-        return text if unsaid else f"{text}, {camera}"
-    if style == 2:
-        figures = ", and ".join(_figure(figure, rng, finite=True) for figure in scene.figures)
+    else:
         text = f"{background}, {figures}"
-        return text if unsaid else f"{text}; {camera}"
-    figures = ", ".join(_figure(figure, rng, finite=False) for figure in scene.figures)
-    text = f"a video of {figures} {background}"
-    return text if unsaid else f"{text} while {camera}"
+    if scene.camera != "still" or rng.random() < 0.5:
+        text += rng.choice((" while ", ", ")) + rng.choice(_CAMERA[scene.camera])
+    if rng.random() < 0.5:
+        text = f"{text[0].upper()}{text[1:]}."
+    return text
+
+
+def vocabulary() -> list[str]:
+    """Every word of every caption, with its first letter as it may stand, sorted."""
+    phrases = [*_OVER, "a video of", "and", "while", *COLORS, *SHAPES, *TONES, *PATTERNS]
+    phrases += [phrase for group in (*_VERBS, *_TOWARDS.values(), *_CAMERA.values()) for phrase in group]
+    first = [word.capitalize() for phrase in (*_OVER, "a") for word in phrase.split()[:1]]
+    return sorted({word for phrase in phrases for word in phrase.split()} | set(first))
 
 
 def _figure(figure: Figure, rng: random.Random, finite: bool) -> str:

@@ -17,9 +17,11 @@ _CONTRAST = 5.0
 _DARKER = 0.4  # the pattern's second tone
 
 
-def render(scenes: Sequence[Scene], frames: int, side: int, device: torch.device | str = "cpu") -> Tensor:
-    """Clips [B, 3, frames, side, side] in -1 to 1, float32."""
-    time = torch.linspace(0, 1, frames, device=device).view(1, frames, 1, 1)
+def render(
+    scenes: Sequence[Scene], frames: int, side: int, device: torch.device | str = "cpu", window: slice = slice(None)
+) -> Tensor:
+    """Clips [B, 3, frames, side, side] in -1 to 1, float32; with a `window`, only those of their frames."""
+    time = torch.linspace(0, 1, frames, device=device)[window].view(1, -1, 1, 1)
     axis = (torch.arange(side, device=device) + 0.5) / side
     y, x = axis.view(1, 1, side, 1), axis.view(1, 1, 1, side)
     picture = _background(scenes, time, x, y)
