@@ -70,7 +70,7 @@ def _check(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) ->
     from diffusers import WanPipeline
 
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    pipe: Any = WanPipeline.from_pretrained(arguments.model, torch_dtype={"default": dtype, "vae": torch.float32})
+    pipe: Any = WanPipeline.from_pretrained(arguments.model, dtype={"default": dtype, "vae": torch.float32})
     pipe = pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     found = examine(
@@ -99,14 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--batch", type=int, help="clips a step")
     train.add_argument("--rate", type=float, help="highest learning rate")
     train.add_argument("--clips", type=int, default=16384, help="of the stage latents")
-    train.add_argument("--start", type=Path, help="an exported model whose weights a stage without checkpoint starts from")
+    train.add_argument(
+        "--start", type=Path, help="an exported model whose weights a stage without checkpoint starts from"
+    )
 
     def sampling(one: argparse.ArgumentParser, count: int) -> None:
         one.add_argument("--count", type=int, default=count, help="held-out captions")
         one.add_argument("--steps", type=int, default=STEPS, help="denoising steps")
         one.add_argument("--guidance", type=float, default=GUIDANCE)
 
-    sample = command("sample", _sample, "make videos from the checkpoints, as a picture; before stage joint, try the VAE")
+    sample = command(
+        "sample", _sample, "make videos from the checkpoints, as a picture; before stage joint, try the VAE"
+    )
     sample.add_argument("--folder", type=Path, required=True)
     sample.add_argument("--out", type=Path, required=True, help=".png")
     sampling(sample, 6)

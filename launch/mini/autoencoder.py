@@ -1,7 +1,7 @@
 """`AutoencoderKLWan` over whole clips at once, and its loss.
 
-The class itself goes chunk by chunk, which is slow. All that it does in time is causal, so one pass over the whole clip gives
-the same numbers; only the resampling in time treats the first frame as a special case.
+The class itself goes chunk by chunk, which is slow. All that it does in time is causal, so one pass over the whole clip
+gives the same numbers; only the resampling in time treats the first frame as a special case.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ def _color_masks(video: Tensor) -> Tensor:
 
 def _centers(mask: Tensor) -> Tensor:
     """[T, 2], x and y in 0 to 1; what is far from the bulk of a mask does not count."""
-    frames, height, width = mask.shape
+    height, width = mask.shape[1:]
     x = ((torch.arange(width, device=mask.device) + 0.5) / width).view(1, 1, width)
     y = ((torch.arange(height, device=mask.device) + 0.5) / height).view(1, height, 1)
     weight = mask

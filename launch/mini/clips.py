@@ -55,9 +55,7 @@ def coverage(shape: Tensor, dx: Tensor, dy: Tensor, radius: Tensor) -> Tensor:
     return out
 
 
-def _figures(
-    figures: Sequence[Figure], time: Tensor, x: Tensor, y: Tensor, side: int
-) -> tuple[Tensor, Tensor]:
+def _figures(figures: Sequence[Figure], time: Tensor, x: Tensor, y: Tensor, side: int) -> tuple[Tensor, Tensor]:
     """Opacity [B, 1, T, S, S] and color [B, 3, T, S, S]."""
     device = time.device
     start = _column([figure.start for figure in figures], device)

@@ -31,7 +31,7 @@ def examine(
     for first in range(0, count, batch):
         part = scenes[first : first + batch]
         videos = make_videos(pipe, sizes, [caption for _, caption in part], steps, guidance)
-        for (scene, caption), video in zip(part, videos):
+        for (scene, caption), video in zip(part, videos, strict=True):
             verdict = judge(video, scene)
             rows.append(
                 {"caption": caption, "figures": len(scene.figures), "followed": verdict.followed, **asdict(verdict)}

@@ -23,7 +23,8 @@ def make_vae(sizes: Sizes) -> Any:
 
     channels = sizes.latent_channels
     return AutoencoderKLWan(
-        base_dim=sizes.vae_width,
+        base_dim=sizes.encoder_width,
+        decoder_base_dim=sizes.decoder_width,
         z_dim=channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,

@@ -109,7 +109,7 @@ def _place(rng: random.Random, kind: tuple[str, str, str], count: int) -> Figure
     for step in DIRECTIONS[direction]:
         free = rng.uniform(low, high - travel * abs(step))
         start.append(free + travel if step < 0 else free)
-    end = [at + travel * step for at, step in zip(start, DIRECTIONS[direction])]
+    end = [at + travel * step for at, step in zip(start, DIRECTIONS[direction], strict=True)]
     return Figure(color, shape, direction, radius, (start[0], start[1]), (end[0], end[1]))
 
 
@@ -121,8 +121,6 @@ def _clearance(figures: list[Figure]) -> float:
     gaps = []
     for step in range(9):
         share = step / 8
-        at = [
-            [a + share * (b - a) for a, b in zip(figure.start, figure.end)] for figure in figures
-        ]
+        at = [[a + share * (b - a) for a, b in zip(figure.start, figure.end, strict=True)] for figure in figures]
         gaps.append(math.dist(at[0], at[1]) - one.radius - other.radius)
     return min(gaps)

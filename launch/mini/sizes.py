@@ -22,7 +22,8 @@ class Sizes:
     frames: int = 49
     fps: int = 16
     latent_channels: int = 8
-    vae_width: int = 24
+    encoder_width: int = 16
+    decoder_width: int = 32  # multiples of 16 are twice as fast on a CPU as 24 is
     heads: int = 4
     head_dim: int = 64
     layers: int = 6
@@ -51,6 +52,15 @@ class Sizes:
 MINI = Sizes()
 # For tests: everything there is, as small as it goes.
 MICRO = Sizes(
-    side=32, frames=9, latent_channels=4, vae_width=8, heads=2, head_dim=16, layers=2, feed_forward=64, text_width=32
+    side=32,
+    frames=9,
+    latent_channels=4,
+    encoder_width=8,
+    decoder_width=8,
+    heads=2,
+    head_dim=16,
+    layers=2,
+    feed_forward=64,
+    text_width=32,
 )
 SIZES = {"mini": MINI, "micro": MICRO}

@@ -15,6 +15,7 @@ from torch import Tensor
 from launch.mini import autoencoder
 from launch.mini.captions import caption_of
 from launch.mini.clips import render
+from launch.mini.noise import noise_levels
 from launch.mini.parts import (
     BOUNDARY,
     embed,
@@ -25,7 +26,6 @@ from launch.mini.parts import (
     normalize,
     tokenize,
 )
-from launch.mini.noise import noise_levels
 from launch.mini.scenes import Scene, sample_scene
 from launch.mini.sizes import Sizes
 from launch.mini.training import Budget, Log, Schedule, Stage, averaged
@@ -115,6 +115,17 @@ def trained_vae(sizes: Sizes, folder: Path, device: torch.device) -> tuple[Any, 
     return vae.to(device).eval(), step
 
 
+@torch.no_grad()
+def reconstructions(sizes: Sizes, folder: Path, device: torch.device, count: int = 4) -> Tensor:
+    """Held-out clips and what the VAE makes of each, in turn: [2 * count, T, 3, H, W] in 0 to 1."""
+    vae, _ = trained_vae(sizes, folder, device)
+    scenes = [sample_scene(random.Random(f"held out {row}"), held_out=True) for row in range(count)]
+    video = render(scenes, sizes.frames, sizes.side, device)
+    seen = autoencoder.decode(vae, autoencoder.encode(vae, video)[0]).clamp(-1, 1)
+    Log(folder).write(stage="vae", held_out_psnr=autoencoder.sharpness(video, seen).mean().item())
+    return (torch.stack([video, seen], 1).flatten(0, 1).transpose(1, 2) + 1) / 2
+
+
 class Latents:
     """Clips as normalised latents with their captions, on the device.
 
@@ -177,7 +188,7 @@ def train_transformer(
     if start is not None:
         transformer = _component(start, "transformer_2" if name == "low" else "transformer")
         text_encoder = _component(start, "text_encoder") if name == "joint" else text_encoder
-    transformer, text_encoder = transformer.float().to(device), text_encoder.float().to(device)
+    transformer, text_encoder = transformer.float().to(device).train(), text_encoder.float().to(device)
     modules = {"transformer": transformer}
     if name == "joint":
         modules["text_encoder"] = text_encoder
@@ -232,14 +243,3 @@ def _component(folder: Path, name: str) -> Any:
         name, diffusers.WanTransformer3DModel
     )
     return kind.from_pretrained(folder, subfolder=name).float()
-
-
-@torch.no_grad()
-def reconstructions(sizes: Sizes, folder: Path, device: torch.device, count: int = 4) -> Tensor:
-    """Held-out clips and what the VAE makes of each, in turn: [2 * count, T, 3, H, W] in 0 to 1."""
-    vae, _ = trained_vae(sizes, folder, device)
-    scenes = [sample_scene(random.Random(f"held out {row}"), held_out=True) for row in range(count)]
-    video = render(scenes, sizes.frames, sizes.side, device)
-    seen = autoencoder.decode(vae, autoencoder.encode(vae, video)[0]).clamp(-1, 1)
-    Log(folder).write(stage="vae", held_out_psnr=autoencoder.sharpness(video, seen).mean().item())
-    return (torch.stack([video, seen], 1).flatten(0, 1).transpose(1, 2) + 1) / 2

@@ -1,4 +1,4 @@
-"""What every stage of the training shares: its budget, averaged weights, checkpoints that go on where they stopped, the log."""
+"""What every stage shares: its budget, averaged weights, checkpoints that go on where they stopped, the log."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ class Stage:
         mean = torch.stack(recent).float().mean().item()
         if not math.isfinite(mean):
             raise FloatingPointError(
-                f"{self.name}: the loss is {mean} at step {self.step}; run again, from the last checkpoint, with a lower --rate"
+                f"{self.name}: the loss is {mean} at step {self.step}; run again, from the last checkpoint, with a "
+                "lower --rate"
             )
         now = time.perf_counter()
         self._log.write(stage=self.name, step=self.step, seconds=now - start, loss=mean,
