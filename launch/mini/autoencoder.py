@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _KL = 1e-5
-_EDGES = 0.5  # weight of the differences between neighbours in space and time
+_SQUARES = 2.0  # weight of the squared error, which counts small bright figures more than the absolute one does
+_EDGES = 0.25  # weight of the differences between neighbours in space and time
 
 
 def encode(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,10 +47,11 @@ def loss_of(vae: Any, video: Tensor, generator: torch.Generator) -> tuple[Tensor
     mean, log_variance = mean.float(), log_variance.float()
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     seen = decode(vae, mean + torch.exp(0.5 * log_variance) * noise).float()
-    error = (seen - video).abs().mean()
-    edges = sum((seen.diff(dim=axis) - video.diff(dim=axis)).abs().mean() for axis in (2, 3, 4))
+    difference = seen - video
+    error = difference.abs().mean()
+    edges = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4))
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return error + _EDGES * edges + _KL * divergence, error
+    return error + _SQUARES * difference.square().mean() + _EDGES * edges + _KL * divergence, error
 
 
 def _shrink(layer: Any, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from launch.mini.captions import vocabulary
 from launch.mini.sizes import CAPTION_TOKENS, TEXT_TOKENS, Sizes
@@ -16,13 +16,16 @@ from launch.mini.sizes import CAPTION_TOKENS, TEXT_TOKENS, Sizes
 BOUNDARY = 0.875  # noise at which the second expert takes over, as in T2V-A14B
 FLOW_SHIFT = 3.0
 
+_BRANCH = 0.1
+_LOG_VARIANCE = -6.0  # of latents at first: little noise, so that the decoder sees them
+
 
 def make_vae(sizes: Sizes) -> Any:
     """Shrinks sides by 4 and frames by 4, with the statistics of latents still to be filled in."""
     from diffusers import AutoencoderKLWan
 
     channels = sizes.latent_channels
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         base_dim=sizes.encoder_width,
         decoder_base_dim=sizes.decoder_width,
         z_dim=channels,
@@ -34,6 +37,23 @@ def make_vae(sizes: Sizes) -> Any:
         latents_mean=[0.0] * channels,
         latents_std=[1.0] * channels,
     )
+    _prepare(vae)
+    return vae
+
+
+@torch.no_grad()
+def _prepare(vae: Any) -> None:
+    """First weights that let a picture through, nearly linearly: from torch's own the VAE takes long to learn anything."""
+    for name, module in vae.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
+            if not name.endswith("conv_in"):  # some biases must be there, or norms would drop how bright a pixel is
+                nn.init.zeros_(module.bias)
+        if name.endswith((".conv2", ".proj")):  # the last of a residual branch
+            module.weight.mul_(_BRANCH)
+    channels = vae.config.z_dim
+    vae.quant_conv.weight[channels:].mul_(_BRANCH)
+    vae.quant_conv.bias[channels:].fill_(_LOG_VARIANCE)
 
 
 def make_transformer(sizes: Sizes) -> Any:
