@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -37,7 +38,7 @@ def _videos(scenes: list[Scene]) -> Tensor:
 
 
 def _followed(videos: Tensor, scenes: list[Scene]) -> float:
-    return sum(judge(video, scene).followed for video, scene in zip(videos, scenes)) / len(scenes)
+    return sum(judge(video, scene).followed for video, scene in zip(videos, scenes, strict=True)) / len(scenes)
 
 
 def test_the_same_scene_gives_the_same_clip_alone_or_among_others() -> None:
@@ -62,7 +63,7 @@ def test_figures_stay_in_the_frame() -> None:
         for figure in scene.figures:
             for at in (*figure.start, *figure.end):
                 assert 1.25 * figure.radius < at < 1 - 1.25 * figure.radius
-            moved = [b - a for a, b in zip(figure.start, figure.end)]
+            moved = [b - a for a, b in zip(figure.start, figure.end, strict=True)]
             assert [(m > 1e-9) - (m < -1e-9) for m in moved] == list(DIRECTIONS[figure.direction])
 
 
@@ -127,14 +128,15 @@ def test_the_check_recognises_two_figures() -> None:
 def test_the_check_refuses_wrong_captions() -> None:
     scenes = _scenes(24)
     videos = _videos(scenes)
-    for video, scene in zip(videos, scenes):
+    for video, scene in zip(videos, scenes, strict=True):
         (figure,) = scene.figures
         (seen,) = recognise(video, 1)
-        for change in (
+        changes: tuple[dict[str, Any], ...] = (
             {"color": next(c for c in COLORS if c != figure.color)},
             {"shape": next(s for s in SHAPES if s != seen.shape)},
             {"direction": next(d for d in DIRECTIONS if d != seen.direction)},
-        ):
+        )
+        for change in changes:
             wrong = replace(scene, figures=(replace(figure, **change),))
             assert not judge(video, wrong).followed, change
     others = scenes[1:] + scenes[:1]

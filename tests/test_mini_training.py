@@ -125,7 +125,10 @@ def test_the_pipeline_loads_the_folder_and_makes_its_videos(trained: Path) -> No
 
 def test_the_experts_differ_and_the_pipeline_takes_each_in_its_range(trained: Path) -> None:
     pipe = _pipeline(trained)
-    (one, two), joint = [averaged(trained / f"{name}.pt")[0] for name in ("high", "low")], averaged(trained / "joint.pt")[0]
+    (one, two), joint = (
+        [averaged(trained / f"{name}.pt")[0] for name in ("high", "low")],
+        averaged(trained / "joint.pt")[0],
+    )
     key = "proj_out.weight"
     assert not torch.equal(one["transformer"][key], two["transformer"][key])
     assert not torch.equal(one["transformer"][key], joint["transformer"][key])
@@ -156,13 +159,17 @@ class _Line(torch.nn.Module):
         self.weight = torch.nn.Parameter(torch.zeros(3))
 
 
+def _weight(stage: Stage) -> Tensor:
+    return next(stage.modules.parameters())
+
+
 def _fit(folder: Path, *steps: int, of: str = "a line") -> Stage:
     for count in steps:
         stage = Stage("line", {"line": _Line()}, folder, Schedule(0.1, warmup=3), of)
 
         def loss(step: int, stage: Stage = stage) -> tuple[Tensor, Tensor]:
             target = torch.tensor([1.0, 2.0, 3.0]) + 0.1 * torch.randn(3, generator=stage.generator)
-            error = (stage.modules["line"].weight - target).square().sum()
+            error = (_weight(stage) - target).square().sum()
             return error, error
 
         stage.run(loss, Budget(0, count))
@@ -199,7 +206,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path
     stage = Stage("line", {"line": _Line()}, tmp_path, Schedule(0.1), "a line")
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
-        return stage.modules["line"].weight.sum() * math.nan, torch.tensor(math.nan)
+        return _weight(stage).sum() * math.nan, torch.tensor(math.nan)
 
     with pytest.raises(FloatingPointError, match=r"line: the loss is nan at step 3; run again"):
         stage.run(loss, Budget(0, 1))

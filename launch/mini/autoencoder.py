@@ -21,8 +21,8 @@ def encode(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and log variance [B, C, 1 + n, H/4, W/4] of the latents of a video [B, 3, 1 + 4n, H, W] in -1 to 1."""
     encoder = vae.encoder
     x = encoder.conv_in(video)
-    for layer in encoder.down_blocks:
-        x = _shrink(layer, x) if type(layer).__name__ == "WanResample" else layer(x)
+    for block in encoder.down_blocks:
+        x = _shrink_block(block, x)
     x = encoder.conv_out(encoder.nonlinearity(encoder.norm_out(encoder.mid_block(x))))
     mean, log_variance = vae.quant_conv(x).chunk(2, 1)
     return mean, log_variance.clamp(-30.0, 20.0)
@@ -33,10 +33,7 @@ def decode(vae: Any, latents: Tensor) -> Tensor:
     decoder = vae.decoder
     x = decoder.mid_block(decoder.conv_in(vae.post_quant_conv(latents)))
     for block in decoder.up_blocks:
-        for resnet in block.resnets:
-            x = resnet(x)
-        for layer in block.upsamplers or ():
-            x = _grow(layer, x)
+        x = _grow_block(block, x)
     out: Tensor = decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
     return out
 
@@ -52,6 +49,26 @@ def loss_of(vae: Any, video: Tensor, generator: torch.Generator) -> tuple[Tensor
     edges = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4))
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
     return error + _SQUARES * difference.square().mean() + _EDGES * edges + _KL * divergence, error
+
+
+def _shrink_block(block: Any, x: Tensor) -> Tensor:
+    shortcut = block.avg_shortcut(x[:, :, :1])
+    if x.shape[2] > 1:
+        shortcut = torch.cat([shortcut, block.avg_shortcut(x[:, :, 1:])], 2)
+    for resnet in block.resnets:
+        x = resnet(x)
+    if block.downsampler is not None:
+        x = _shrink(block.downsampler, x)
+    return x + shortcut
+
+
+def _grow_block(block: Any, x: Tensor) -> Tensor:
+    shortcut = None if block.avg_shortcut is None else block.avg_shortcut(x, first_chunk=True)
+    for resnet in block.resnets:
+        x = resnet(x)
+    if block.upsampler is not None:
+        x = _grow(block.upsampler, x)
+    return x if shortcut is None else x + shortcut
 
 
 def _shrink(layer: Any, x: Tensor) -> Tensor:

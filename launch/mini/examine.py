@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from launch.mini.check import judge
 from launch.mini.samples import held_out_scenes, make_videos, save_strips
@@ -26,7 +27,7 @@ def examine(
     """
     scenes = held_out_scenes(count)
     rows: list[dict[str, Any]] = []
-    kept = []
+    kept: list[Tensor] = []
     start = time.perf_counter()
     for first in range(0, count, batch):
         part = scenes[first : first + batch]

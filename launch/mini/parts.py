@@ -31,6 +31,7 @@ def make_vae(sizes: Sizes) -> Any:
         z_dim=channels,
         dim_mult=[1, 2, 2],
         num_res_blocks=1,
+        is_residual=True,  # as in TI2V-5B: averages go past the convolutions, so that it learns faster
         temperal_downsample=[True, True],
         scale_factor_spatial=4,
         scale_factor_temporal=4,
@@ -47,7 +48,9 @@ def _prepare(vae: Any) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            if not name.endswith("conv_in"):  # some biases must be there, or norms would drop how bright a pixel is
+            if module.bias is not None and not name.endswith(
+                "conv_in"
+            ):  # some biases must be there, or norms would drop how bright a pixel is
                 nn.init.zeros_(module.bias)
         if name.endswith((".conv2", ".proj")):  # the last of a residual branch
             module.weight.mul_(_BRANCH)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 # RGB in 0 to 1. Corners of the cube: far from each other, and from every tone below.
@@ -89,9 +90,9 @@ def sample_scene(rng: random.Random, held_out: bool) -> Scene:
         kind = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(DIRECTIONS))
         if is_held_out(*kind) == held_out and kind[0] not in [color for color, _, _ in kinds]:
             kinds.append(kind)
-    tries = [[_place(rng, kind, count) for kind in kinds] for _ in range(_PLACEMENTS if count == 2 else 1)]
+    tries = [tuple(_place(rng, kind, count) for kind in kinds) for _ in range(_PLACEMENTS if count == 2 else 1)]
     return Scene(
-        figures=tuple(max(tries, key=_clearance)),
+        figures=max(tries, key=_clearance),
         pattern=rng.choice(PATTERNS),
         tone=rng.choice(list(TONES)),
         camera=rng.choice(CAMERAS),
@@ -113,7 +114,7 @@ def _place(rng: random.Random, kind: tuple[str, str, str], count: int) -> Figure
     return Figure(color, shape, direction, radius, (start[0], start[1]), (end[0], end[1]))
 
 
-def _clearance(figures: list[Figure]) -> float:
+def _clearance(figures: Sequence[Figure]) -> float:
     """Room between the two at their closest; of one figure, nothing to compare."""
     if len(figures) == 1:
         return 0.0
