@@ -15,7 +15,16 @@ from launch.mini import autoencoder, stages
 from launch.mini.__main__ import main
 from launch.mini.export import MOST_BYTES, assemble
 from launch.mini.noise import noise_levels
-from launch.mini.parts import BOUNDARY, denormalize, embed, make_scheduler, make_vae, normalize, tokenize
+from launch.mini.parts import (
+    BOUNDARY,
+    denormalize,
+    embed,
+    make_scheduler,
+    make_transformer,
+    make_vae,
+    normalize,
+    tokenize,
+)
 from launch.mini.samples import make_videos
 from launch.mini.sizes import MICRO, MINI, Sizes
 from launch.mini.training import Budget, Schedule, Stage, averaged
@@ -199,6 +208,23 @@ def test_resuming_a_transformer_gives_the_same_weights(trained: Path, tmp_path: 
             stages.train_transformer("joint", MICRO, folder, CPU, Budget(0, count), batch=2, rate=1e-3)
     once, twice = (averaged(tmp_path / name / "joint.pt")[0] for name in ("once", "twice"))
     torch.testing.assert_close(once, twice, rtol=0, atol=1e-7)
+
+
+def test_blocks_that_do_not_compile_run_as_they_are(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*anything: Any) -> None:
+        raise RuntimeError("no compiler here")
+
+    transformer = make_transformer(MICRO)
+    monkeypatch.setattr(transformer, "compile_repeated_blocks", refuse)
+    stage = Stage("joint", {"transformer": transformer}, tmp_path, Schedule(0.1), "nothing")
+    before = stage.generator.get_state()
+    stages._compile(transformer, lambda: torch.zeros(()), stage)
+    assert "blocks are not compiled (RuntimeError: no compiler here)" in capsys.readouterr().out
+    assert torch.equal(stage.generator.get_state(), before)
+    inputs = torch.zeros(1, *MICRO.latent), torch.tensor([500]), torch.zeros(1, 8, MICRO.text_width)
+    assert transformer(*inputs, return_dict=False)[0].isfinite().all()
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path) -> None:

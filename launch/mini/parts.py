@@ -48,9 +48,8 @@ def _prepare(vae: Any) -> None:
     for name, module in vae.named_modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             nn.init.kaiming_normal_(module.weight, nonlinearity="linear")
-            if module.bias is not None and not name.endswith(
-                "conv_in"
-            ):  # some biases must be there, or norms would drop how bright a pixel is
+            # Some biases must be there, or norms would drop how bright a pixel is.
+            if module.bias is not None and not name.endswith("conv_in"):
                 nn.init.zeros_(module.bias)
         if name.endswith((".conv2", ".proj")):  # the last of a residual branch
             module.weight.mul_(_BRANCH)
