@@ -45,12 +45,12 @@ case $part in
         pictures vae.png
         latents
     fi
-    train joint "${JOINT_S:-120}" ${START:+--start "$START"}
+    train joint "${JOINT_S:-90}" ${START:+--start "$START"}
     ;;
 2)
     rm -f "$work"/check.* "$work/high.pt" "$work/low.pt"
     restore
-    train joint "${JOINT_S:-430}"
+    train joint "${JOINT_S:-450}"
     pictures joint.png
     ;;
 3)
