@@ -23,6 +23,7 @@ from sp_sparse.generate.fits import (
     size_for_picture,
 )
 from sp_sparse.generate.lora import load_lora
+from sp_sparse.generate.mini import MINI, mini_folder
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
     random_a14b,
@@ -49,6 +50,8 @@ class VideoDefaults:
 
 # 8 x 8 x 5 = 320 tokens, 20 blocks of 16.
 _TINY = VideoDefaults(128, 128, 17, 8, 4, 3.0)
+# 16 x 16 x 13 = 3,328 tokens, 52 blocks of 64: what it was trained on.
+_MINI = VideoDefaults(128, 128, 49, 16, 16, 3.0)
 _A14B = VideoDefaults(480, 832, 81, 16, 40, 4.0)
 _TI2V = VideoDefaults(704, 1280, 121, 24, 50, 5.0)
 
@@ -95,6 +98,8 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
     if arguments.model == RANDOM_A14B:
         load = partial(random_a14b, arguments.layers or RANDOM_LAYERS)
         return WanModel(_A14B, False, False, False, _large_dtype(device), load)
+    if arguments.model == MINI:
+        return replace(_pretrained(replace(arguments, model=str(mini_folder())), device), defaults=_MINI)
     return _pretrained(arguments, device)
 
 

@@ -1,0 +1,188 @@
+"""What every stage shares: its budget, averaged weights, checkpoints that go on where they stopped, the log."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_LOG_EVERY = 50
+_SAVE_SECONDS = 120.0
+_EMA = 0.998
+_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Of the learning rate: up over `warmup` steps; down to 0 over the last `decay`, a share of this call's budget."""
+
+    rate: float
+    warmup: int = 100
+    decay: float = 0.0
+
+    def at(self, step: int, share_done: float) -> float:
+        """`step` since the first call of all, `share_done` of the present call."""
+        left = 1.0 if self.decay == 0 else min(1.0, (1.0 - share_done) / self.decay)
+        return self.rate * min(1.0, (step + 1) / self.warmup) * max(0.02, left)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a call trains: seconds, or steps where they are given."""
+
+    seconds: float
+    steps: int | None = None
+
+    def steps_from(self, start: float) -> Iterator[float]:
+        """The share done, before each step, until the budget is spent."""
+        done = 0
+        while (share := self._share(start, done)) < 1:
+            yield share
+            done += 1
+
+    def _share(self, start: float, done: int) -> float:
+        if self.steps is not None:
+            return done / self.steps if self.steps else 1.0
+        return (time.perf_counter() - start) / self.seconds if self.seconds > 0 else 1.0
+
+
+class Log:
+    """JSON lines in `log.jsonl` of a folder, and the same for people on the screen."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._file = folder / "log.jsonl"
+
+    def write(self, **values: Any) -> None:
+        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(rounded) + "\n")
+        print(" ".join(f"{k}={v}" for k, v in rounded.items()), flush=True)
+
+
+class Stage:
+    """Trains `modules` together; everything that goes on is in the checkpoint `<name>.pt` of the folder.
+
+    Raises:
+        ValueError: a checkpoint that was made `of` something else, such as latents of another VAE.
+    """
+
+    def __init__(self, name: str, modules: Mapping[str, nn.Module], folder: Path, schedule: Schedule, of: str) -> None:
+        self.name, self.step = name, 0
+        self.modules = nn.ModuleDict(modules)
+        self.device = next(self.modules.parameters()).device
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self._file = folder / f"{name}.pt"
+        self._log = Log(folder)
+        self._schedule, self._of = schedule, of
+        self._optimizer = torch.optim.AdamW(
+            self.modules.parameters(), lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.01,
+            fused=self.device.type == "cuda",
+        )  # fmt: skip
+        self._ema = {key: value.detach().clone() for key, value in self.modules.state_dict().items()}
+        if self._file.exists():
+            self._load()
+
+    def _load(self) -> None:
+        found = torch.load(self._file, map_location=self.device, weights_only=True)
+        if found["of"] != self._of:
+            raise ValueError(
+                f"{self._file} was trained on {found['of']}, and this is {self._of}; move it away to start this stage anew"
+            )
+        self.modules.load_state_dict(found["weights"])
+        self._optimizer.load_state_dict(found["optimizer"])
+        self._ema, self.step = found["ema"], found["step"]
+        self.generator.set_state(found["generator"].cpu())
+        print(f"{self.name}: goes on from step {self.step}", flush=True)
+
+    def save(self) -> None:
+        """Write the checkpoint; a call that is killed meanwhile leaves the one before."""
+        half = self._file.with_suffix(".tmp")
+        state = {
+            "of": self._of, "step": self.step, "weights": self.modules.state_dict(), "ema": self._ema,
+            "optimizer": self._optimizer.state_dict(), "generator": self.generator.get_state(),
+        }  # fmt: skip
+        torch.save(state, half)
+        os.replace(half, self._file)
+
+    def run(self, loss_of: Callable[[int], tuple[Tensor, Tensor]], budget: Budget) -> float:
+        """Train; `loss_of(step)` gives what is minimised and what is logged. The mean of the last logged values.
+
+        Raises:
+            FloatingPointError: the loss is no longer finite; the last checkpoint is from before.
+        """
+        self._log.write(stage=self.name, step=self.step, budget=asdict(budget), schedule=asdict(self._schedule),
+                        device=device_name(self.device), torch=torch.__version__, of=self._of)  # fmt: skip
+        self.modules.train()
+        start = saved = marked = time.perf_counter()
+        recent: list[Tensor] = []
+        mean, first = math.nan, self.step
+        for share in budget.steps_from(start):
+            loss, shown = loss_of(self.step)
+            self._update(loss, share)
+            recent.append(shown.detach())
+            if len(recent) == _LOG_EVERY:
+                mean, marked = self._report(recent, marked, start)
+                recent = []
+                if time.perf_counter() - saved > _SAVE_SECONDS:
+                    self.save()
+                    saved = time.perf_counter()
+        if recent:
+            mean, _ = self._report(recent, marked, start)
+        if self.step > first or not self._file.exists():
+            self.save()
+        return mean
+
+    def _update(self, loss: Tensor, share: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._schedule.at(self.step, share)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.modules.parameters(), _CLIP)
+        self._optimizer.step()
+        keep = min(_EMA, (self.step + 1) / (self.step + 10))
+        now = self.modules.state_dict()
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self._ema.values()), [now[key] for key in self._ema], 1 - keep)
+        self.step += 1
+
+    def _report(self, recent: list[Tensor], marked: float, start: float) -> tuple[float, float]:
+        mean = torch.stack(recent).float().mean().item()
+        if not math.isfinite(mean):
+            raise FloatingPointError(
+                f"{self.name}: the loss is {mean} at step {self.step}; run again, from the last checkpoint, with a "
+                "lower --rate"
+            )
+        now = time.perf_counter()
+        self._log.write(stage=self.name, step=self.step, seconds=now - start, loss=mean,
+                        steps_per_s=len(recent) / (now - marked))  # fmt: skip
+        return mean, now
+
+
+def averaged(file: Path, device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Tensor]], int]:
+    """The averaged weights of each module of a checkpoint, and its step.
+
+    Raises:
+        FileNotFoundError: with the stage to run.
+    """
+    if not file.exists():
+        raise FileNotFoundError(f"{file} is not there; run --stage {file.stem} first")
+    found = torch.load(file, map_location=device, weights_only=True)
+    weights: dict[str, dict[str, Tensor]] = {}
+    for key, value in found["ema"].items():
+        module, _, rest = key.partition(".")
+        weights.setdefault(module, {})[rest] = value
+    return weights, found["step"]
+
+
+def device_name(device: torch.device) -> str:
+    """Of the GPU, or `cpu`."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
