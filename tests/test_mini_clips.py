@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from launch.mini.captions import caption_of, vocabulary
+from launch.mini.__main__ import main
+from launch.mini.captions import caption_of, kinds_told, vocabulary
 from launch.mini.check import judge, recognise
 from launch.mini.clips import render
 from launch.mini.parts import make_tokenizer, tokenize
 from launch.mini.samples import held_out_scenes
 from launch.mini.scenes import COLORS, DIRECTIONS, SHAPES, Figure, Scene, is_held_out, sample_scene
 from launch.mini.stages import training_scene
+from sp_sparse.fidelity.metrics import load_caption_check
 
 FRAMES, SIDE = 13, 64
 
@@ -38,7 +40,7 @@ def _videos(scenes: list[Scene]) -> Tensor:
 
 
 def _followed(videos: Tensor, scenes: list[Scene]) -> float:
-    return sum(judge(video, scene).followed for video, scene in zip(videos, scenes, strict=True)) / len(scenes)
+    return sum(judge(video, scene.figures).followed for video, scene in zip(videos, scenes, strict=True)) / len(scenes)
 
 
 def test_the_same_scene_gives_the_same_clip_alone_or_among_others() -> None:
@@ -138,7 +140,7 @@ def test_the_check_refuses_wrong_captions() -> None:
         )
         for change in changes:
             wrong = replace(scene, figures=(replace(figure, **change),))
-            assert not judge(video, wrong).followed, change
+            assert not judge(video, wrong.figures).followed, change
     others = scenes[1:] + scenes[:1]
     assert _followed(videos, others) <= 0.1
 
@@ -148,7 +150,32 @@ def test_the_check_sees_nothing_in_noise_and_no_direction_in_a_still() -> None:
     assert all(seen.shape is None or seen.direction is None for seen in recognise(noise * 0.5, 2))
     scene = _scenes(1)[0]
     still = _videos([scene])[0, :1].expand(FRAMES, -1, -1, -1)
-    verdict = judge(still, scene)
+    verdict = judge(still, scene.figures)
     assert verdict.color
     assert verdict.shape
     assert not verdict.direction
+
+
+def test_a_caption_tells_its_figures() -> None:
+    for number in range(300):
+        rng = random.Random(number)
+        scene = sample_scene(rng, held_out=bool(number % 2))
+        told = [(kind.color, kind.shape, kind.direction) for kind in kinds_told(caption_of(scene, rng))]
+        assert told == [(figure.color, figure.shape, figure.direction) for figure in scene.figures]
+    with pytest.raises(ValueError, match="'a cat' tells of no figure as mini's captions do"):
+        kinds_told("a cat")
+
+
+def test_the_caption_check_of_fidelity() -> None:
+    check = load_caption_check("launch.mini.check:follows_caption")
+    scenes = _scenes(4)
+    for video, scene, other in zip(_videos(scenes), scenes, scenes[1:] + scenes[:1], strict=True):
+        frames = video.permute(0, 2, 3, 1)
+        assert check(frames, caption_of(scene, random.Random(0))) == 1.0
+        assert check(frames, caption_of(other, random.Random(0))) == 0.0
+
+
+def test_captions_are_printed_for_a_prompt_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["captions", "--count", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [caption for _, caption in held_out_scenes(3)]

@@ -81,6 +81,10 @@ def _check(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) ->
     return 0 if found["followed"] >= arguments.at_least else 1
 
 
+def _captions(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
+    print(*(caption for _, caption in held_out_scenes(arguments.count)), sep="\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.mini", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="command")
@@ -125,6 +129,11 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--batch", type=int, default=10, help="videos made at a time")
     check.add_argument("--at-least", type=float, default=0.0, help="share followed below which the status is 1")
     sampling(check, 100)
+
+    captions = command(
+        "captions", _captions, "print held-out captions, one a line: the --prompts of sp_sparse.fidelity"
+    )
+    captions.add_argument("--count", type=int, default=64)
     return parser
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import re
 
-from launch.mini.scenes import COLORS, PATTERNS, SHAPES, TONES, Figure, Scene
+from launch.mini.scenes import COLORS, PATTERNS, SHAPES, TONES, Figure, Kind, Scene
 
 _VERBS = (("moves", "moving"), ("glides", "gliding"), ("drifts", "drifting"), ("slides", "sliding"))
 _TOWARDS = {
@@ -45,6 +46,25 @@ def caption_of(scene: Scene, rng: random.Random) -> str:
     if rng.random() < 0.5:
         text = f"{text[0].upper()}{text[1:]}."
     return text
+
+
+def kinds_told(caption: str) -> list[Kind]:
+    """The figures that a caption tells of, in its order.
+
+    Raises:
+        ValueError: it tells of none, as captions of `caption_of` do not.
+    """
+    phrases = {phrase: direction for direction, options in _TOWARDS.items() for phrase in options}
+    # Longest first: "down" begins "down and to the right".
+    toward = "|".join(sorted(phrases, key=len, reverse=True))
+    verb = "|".join(form for forms in _VERBS for form in forms)
+    pattern = rf"\ba ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) (?:{verb}) ({toward})\b"
+    found = re.findall(pattern, caption, re.IGNORECASE)
+    if not found:
+        raise ValueError(
+            f"{caption!r} tells of no figure as mini's captions do, such as 'a red circle moves to the left over gray dots'"
+        )
+    return [Kind(color.lower(), shape.lower(), phrases[phrase.lower()]) for color, shape, phrase in found]
 
 
 def vocabulary() -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from launch.mini.captions import kinds_told
 from launch.mini.clips import coverage
-from launch.mini.scenes import COLORS, DIRECTIONS, SHAPES, TONES, Scene
+from launch.mini.scenes import COLORS, DIRECTIONS, SHAPES, TONES, Kind
 
 _FURTHEST = 0.5  # of a pixel from a color, in RGB of 0 to 1
 _SMALLEST = 0.012  # share of the frame that a figure covers at least
@@ -45,10 +47,19 @@ class Verdict:
         return self.color and self.shape and self.direction
 
 
-def judge(video: Tensor, scene: Scene) -> Verdict:
-    """Whether a video [T, 3, H, W], in 0 to 1, shows a scene's figures. Shape and direction count for the right color."""
-    seen = {figure.color: figure for figure in recognise(video, len(scene.figures))}
-    found = [(seen.get(figure.color), figure) for figure in scene.figures]
+def follows_caption(frames: Tensor, caption: str) -> float:
+    """1 if a video [T, H, W, 3], in 0 to 1, shows the figures of its caption, else 0: a `--caption-check` of fidelity.
+
+    Raises:
+        ValueError: a caption that is none of the grammar.
+    """
+    return float(judge(frames.permute(0, 3, 1, 2), kinds_told(caption)).followed)
+
+
+def judge(video: Tensor, figures: Sequence[Kind]) -> Verdict:
+    """Whether a video [T, 3, H, W], in 0 to 1, shows these figures. Shape and direction count for the right color."""
+    seen = {figure.color: figure for figure in recognise(video, len(figures))}
+    found = [(seen.get(figure.color), figure) for figure in figures]
     return Verdict(
         color=all(one is not None for one, _ in found),
         shape=all(one is not None and one.shape == figure.shape for one, figure in found),

@@ -33,7 +33,7 @@ def examine(
         part = scenes[first : first + batch]
         videos = make_videos(pipe, sizes, [caption for _, caption in part], steps, guidance)
         for (scene, caption), video in zip(part, videos, strict=True):
-            verdict = judge(video, scene)
+            verdict = judge(video, scene.figures)
             rows.append(
                 {"caption": caption, "figures": len(scene.figures), "followed": verdict.followed, **asdict(verdict)}
             )

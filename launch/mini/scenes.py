@@ -49,12 +49,18 @@ _PLACEMENTS = 16  # tried for two figures; the one that keeps them furthest apar
 
 
 @dataclass(frozen=True)
-class Figure:
-    """Lengths are shares of the frame's side; the centre goes from `start` to `end` at constant speed."""
+class Kind:
+    """What a caption tells of a figure."""
 
     color: str
     shape: str
     direction: str
+
+
+@dataclass(frozen=True)
+class Figure(Kind):
+    """Lengths are shares of the frame's side; the centre goes from `start` to `end` at constant speed."""
+
     radius: float
     start: tuple[float, float]
     end: tuple[float, float]

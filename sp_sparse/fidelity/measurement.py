@@ -156,7 +156,7 @@ class Measurement:
                 "seed": item.seed,
                 "setting": None if setting is None else setting.to_json(),
                 **self._measured(made),
-                "caption": check_caption(self._caption_check, made.frames, item.prompt),
+                "caption": check_caption(self._caption_check, made.frames, item.prompt, self._ranks.device),
                 **made.told,
                 "model": self._arguments.model,
                 "device": _device_told(self._ranks.device),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sp_sparse.fidelity.store import Frames
 
-# (frames [T, H, W, 3] in [0, 1] on the CPU, prompt) -> share of the caption that the video shows
+# (frames [T, H, W, 3] in [0, 1] on the device of the job, prompt) -> share of the caption that the video shows
 CaptionCheck = Callable[[Tensor, str], float]
 
 # Pixels of a video that are looked at together: SSIM holds about twenty tensors of this size in float32.
@@ -93,7 +93,7 @@ def load_caption_check(path: str) -> CaptionCheck:
     return check
 
 
-def check_caption(check: CaptionCheck | None, frames: Frames, prompt: str) -> float | None:
+def check_caption(check: CaptionCheck | None, frames: Frames, prompt: str, device: torch.device) -> float | None:
     """The share of the caption that a video shows, in [0, 1]; None without a check.
 
     Raises:
@@ -101,7 +101,7 @@ def check_caption(check: CaptionCheck | None, frames: Frames, prompt: str) -> fl
     """
     if check is None:
         return None
-    share = float(check(as_float(frames), prompt))
+    share = float(check(as_float(frames).to(device), prompt))
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"--caption-check gave {share} for {prompt!r}; it must give a share from 0 to 1")
     return share
