@@ -26,13 +26,13 @@ from sp_sparse.serve.answers import (
     not_found,
 )
 from sp_sparse.serve.body import read_request, request_body
+from sp_sparse.serve.disk import StoreError, is_no_room
 from sp_sparse.serve.guard import Guard, body_is_done, hold_body
 from sp_sparse.serve.images import image_from_url, image_size, stored_image
 from sp_sparse.serve.info import add_server_routes, describe
 from sp_sparse.serve.jobs import COMPLETED, FAILED, Job
 from sp_sparse.serve.requests import job_parameters
 from sp_sparse.serve.service import Service
-from sp_sparse.serve.store import StoreError, is_no_room
 
 _POLL_S = 0.1
 

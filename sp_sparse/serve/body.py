@@ -10,8 +10,8 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 
 from sp_sparse.serve.answers import ApiError, invalid
+from sp_sparse.serve.disk import NoRoomError, is_no_room
 from sp_sparse.serve.requests import VideoRequest
-from sp_sparse.serve.store import NoRoomError, is_no_room
 
 _JSON, _FORM = "application/json", "multipart/form-data"
 _IMAGE_NAMES = ("input_reference", "image_reference")

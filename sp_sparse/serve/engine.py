@@ -13,10 +13,11 @@ from functools import partial
 
 from sp_sparse.serve.backend import JobParameters, Measured
 from sp_sparse.serve.control import CANCEL, GO_ON, INTERRUPT, Control
+from sp_sparse.serve.disk import StoreError
 from sp_sparse.serve.jobs import PHASES, Job, JobError, Progress
 from sp_sparse.serve.metrics import Metrics
 from sp_sparse.serve.runner import Bounds, JobFailedError, JobRunner, JobStoppedError, Observer, job_error
-from sp_sparse.serve.store import JobStore, StoreError
+from sp_sparse.serve.store import JobStore
 from sp_sparse.serve.watchdog import Watchdog
 
 log = logging.getLogger(__name__)

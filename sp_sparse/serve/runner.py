@@ -15,8 +15,8 @@ import torch
 from sp_sparse.parallel.agreement import is_lost_rank
 from sp_sparse.serve.backend import JobParameters, Measured, NotFiniteError, VideoBackend
 from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
+from sp_sparse.serve.disk import is_no_room
 from sp_sparse.serve.jobs import JobError
-from sp_sparse.serve.store import is_no_room
 from sp_sparse.serve.watchdog import Watchdog
 
 T = TypeVar("T")

@@ -622,7 +622,7 @@ def test_too_many_requests_at_once(tmp_path: Path) -> None:
 
 def test_work_does_not_hold_up_health(server: LocalServer) -> None:
     """Every thread that handlers may use is taken by requests that wait for the store."""
-    with server.store._lock:
+    with server.store._database.lock:
         waiting = [threading.Thread(target=server.http.get, args=("/v1/videos",), daemon=True) for _ in range(50)]
         for thread in waiting:
             thread.start()

@@ -7,8 +7,9 @@ import os
 import sqlite3
 import subprocess
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -16,7 +17,8 @@ import pytest
 import torch
 
 from sp_sparse.generate.files import decoded_pixels, save_video
-from sp_sparse.serve.store import JobStore, NoRoomError, StoreError, is_no_room
+from sp_sparse.serve.disk import NoRoomError, StoreError, is_no_room
+from sp_sparse.serve.store import JobStore
 from tests.processes import wait_for
 from tests.serving.fake import LocalServer
 
@@ -145,6 +147,23 @@ class _FailingDatabase:
 
 
 @pytest.mark.parametrize(
+    ("free", "kind", "text"),
+    [(4096, NoRoomError, "is full .*; make room there"), (1 << 30, StoreError, "disk is well")],
+)
+def test_a_write_that_fails_without_saying_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, kind: type[Exception], text: str
+) -> None:
+    """On a full disk SQLite may tell of no more than a failed write."""
+    with closing(JobStore(tmp_path)) as store:
+        database: Any = store._database
+        database._db = _FailingDatabase(database._db, sqlite3.OperationalError("disk I/O error"), ("BEGIN",))
+        monkeypatch.setattr("sp_sparse.serve.disk.shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+        with pytest.raises(StoreError, match=text) as caught:
+            store.start_next()
+        assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize(
     ("error", "status", "code"),
     [
         (sqlite3.OperationalError("database or disk is full"), 507, "no_room"),
@@ -161,8 +180,8 @@ def test_a_database_that_fails_for_a_while(
         done = server.completed(seed=1)["id"]
         running, waiting = server.create(prompt="wait", seed=2)["id"], server.create(seed=3)["id"]
         wait_for(lambda: server.get(running)["phase"] == "denoise")
-        db = server.store._db
-        server.store._db = _FailingDatabase(db, error, what)  # type: ignore[assignment]
+        db = server.store._database._db
+        server.store._database._db = _FailingDatabase(db, error, what)  # type: ignore[assignment]
         server.steps(3)
         wait_for(server.store.video_path(running).exists)
         _refused(server.http.post("/v1/videos", json={"prompt": "a cat"}), status, code)
@@ -172,7 +191,7 @@ def test_a_database_that_fails_for_a_while(
             _refused(server.http.get(f"/v1/videos/{done}"), status, code)
             assert server.http.get("/metrics").status_code == status
         assert server.is_ready()
-        server.store._db = db
+        server.store._database._db = db
         assert [server.ended(job)["tries"] for job in (running, waiting)] == [1, 1]
         assert [server.content(job)[:7] for job in (done, running, waiting)] == [b"video 1", b"video 2", b"video 3"]
 

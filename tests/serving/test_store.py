@@ -119,6 +119,7 @@ def test_recovery(tmp_path: Path) -> None:
     store.video_path(lost).unlink()
     running = store.add(_job(), 10).id
     (tmp_path / "videos" / f".{running}.1.mp4").write_bytes(b"half")
+    store.video_path(running).touch()
     for tries in (1, 2):
         store.start_next()
         store.close()
@@ -156,12 +157,13 @@ def test_a_failed_transaction_leaves_everything_as_it_was(tmp_path: Path) -> Non
     done = _completed(store)
 
     def fail_amid() -> None:
-        with store._transaction():
-            store._remove(done)
+        with store._transaction() as db:
+            store._remove(db, done)
             raise KeyError("boom")
 
     with pytest.raises(KeyError, match="boom"):
         fail_amid()
+    store.add(_job(), 10)
     assert store.get(done) is not None
     assert store.video_path(done).exists()
 
@@ -219,6 +221,11 @@ def _foreign_database(folder: Path) -> None:
         db.execute("CREATE TABLE jobs (id TEXT, salary REAL)")
 
 
+def _foreign_database_and_lock(folder: Path) -> None:
+    _foreign_database(folder)
+    (folder / "lock").touch()
+
+
 @pytest.mark.parametrize(
     ("make", "text"),
     [
@@ -239,6 +246,7 @@ def _foreign_database(folder: Path) -> None:
         ),
         (lambda folder: [(folder / name).mkdir() for name in "abcde"], "but a, b, c and 2 more"),
         (_foreign_database, "was made by another program; move it away"),
+        (_foreign_database_and_lock, "was made by another program; move it away"),
         (
             lambda folder: (folder / "jobs.sqlite3").write_bytes(b"garbage" * 1000),
             "is no database, or broken .*move it",
@@ -279,6 +287,14 @@ def test_a_start_that_was_cut_off_is_no_foreign_folder(tmp_path: Path) -> None:
     (tmp_path / "lock").touch()
     (tmp_path / "videos").mkdir()
     JobStore(tmp_path).close()
+    path = tmp_path / "jobs.sqlite3"
+    with closing(sqlite3.connect(path, isolation_level=None)) as db:  # its table was made, its mark was not
+        assert db.execute("PRAGMA application_id").fetchone()[0].to_bytes(4, "big") == b"spSV"
+        db.execute("PRAGMA application_id = 0")
+        db.execute("PRAGMA user_version = 0")
+    JobStore(tmp_path).close()
+    with closing(sqlite3.connect(path)) as db:
+        assert db.execute("PRAGMA user_version").fetchone()[0] == 1
 
 
 def test_a_broken_database_is_refused_and_kept(tmp_path: Path) -> None:
