@@ -14,7 +14,7 @@ from launch.mini.captions import caption_of
 from launch.mini.scenes import Scene, sample_scene
 from launch.mini.sizes import Sizes
 
-STEPS = 16
+STEPS = 12
 GUIDANCE = 3.0
 _COLUMNS = 7
 

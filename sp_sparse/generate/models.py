@@ -51,7 +51,7 @@ class VideoDefaults:
 # 8 x 8 x 5 = 320 tokens, 20 blocks of 16.
 _TINY = VideoDefaults(128, 128, 17, 8, 4, 3.0)
 # 16 x 16 x 13 = 3,328 tokens, 52 blocks of 64: what it was trained on.
-_MINI = VideoDefaults(128, 128, 49, 16, 16, 3.0)
+_MINI = VideoDefaults(128, 128, 49, 16, 12, 3.0)
 _A14B = VideoDefaults(480, 832, 81, 16, 40, 4.0)
 _TI2V = VideoDefaults(704, 1280, 121, 24, 50, 5.0)
 
