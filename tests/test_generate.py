@@ -161,6 +161,8 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
     assert named.sparse_attn_preset == "fast", "the report tells it"
     assert (named.sparse.backend, named.sparse.topk, named.sparse.remainder) == ("auto", 0.15, "linear")
     assert (named.sparse.dense_layers, named.sparse.block_size) == (1, (16, 16))
+    mini = parse_arguments(["--model", "mini", "--sparse-attn-preset", "fast"])
+    assert mini.sparse.block_size == (64, 64)
 
 
 def test_local_path(tmp_path: Path) -> None:

@@ -13,13 +13,14 @@ from typing import Any
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import FLAG_PREFIX, PRESET_HELP, PRESETS
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
+from sp_sparse.generate.mini import MINI
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
 RANDOM_A14B = "a14b-random"
 RANDOM_LAYERS = 4
 
-# Token blocks of 128 would leave a tiny model with three of them.
-_TINY_BLOCK = (16, 16)
+# Token blocks of 128 would leave a tiny model with three of them, and mini with 26.
+_SMALL_BLOCKS = {**dict.fromkeys(TINY_MODELS, (16, 16)), MINI: (64, 64)}
 
 # As a 64-bit generator takes them.
 _SEEDS = 2**64 - 1
@@ -221,8 +222,9 @@ def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:
             f"{flag_of(names[0])} is given, but attention is dense without a backend; add --sparse-attn-backend auto or a "
             "preset, or none to keep it dense"
         )
-    if given.get("model", "tiny") in TINY_MODELS:
-        given = {"sparse_attn_block_size": _TINY_BLOCK, **given}
+    block_size = _SMALL_BLOCKS.get(given.get("model", "tiny"))
+    if block_size is not None:
+        given = {"sparse_attn_block_size": block_size, **given}
     return SparseAttentionConfig.from_flags(argparse.Namespace(**given))
 
 
