@@ -45,6 +45,122 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Tiles of the VAE, and who decodes them
+    Mutation(
+        "a tile is blended with a neighbour that is not",
+        "generate/tiles.py",
+        "        blended[tile.row, tile.column] = pixels\n",
+        "        blended[tile.row, tile.column] = pixels.clone() * 1.01\n",
+        "decode",
+    ),
+    Mutation(
+        "only the first column is blended downwards",
+        "generate/tiles.py",
+        "        if tile.row:",
+        "        if tile.row and not tile.column:",
+        "decode",
+    ),
+    Mutation("pixels are not clamped", "generate/tiles.py", ".clamp_(-1.0, 1.0)", ".clamp_(-9.0, 9.0)", "decode"),
+    Mutation(
+        "the overlap of patches is not halved",
+        "generate/tiles.py",
+        "overlap_down = vae.tile_sample_min_height // patch - step_down",
+        "overlap_down = vae.tile_sample_min_height - patch * step_down",
+        "decode",
+    ),
+    Mutation(
+        "each latent frame is decoded as the first",
+        "generate/tiles.py",
+        "first_chunk=number == 0",
+        "first_chunk=True",
+        "decode",
+    ),
+    Mutation(
+        "a tile remembers the one before",
+        "generate/tiles.py",
+        "    vae.clear_cache()\n    try:",
+        "    getattr(vae, '_feat_map', None) or vae.clear_cache()\n    try:",
+        "decode",
+    ),
+    Mutation(
+        "a failed tile leaves its memory",
+        "generate/tiles.py",
+        "    finally:\n        vae.clear_cache()",
+        "    finally:\n        pass",
+        "decode",
+    ),
+    Mutation(
+        "a decoder of fewer frames is let through",
+        "generate/tiles.py",
+        "filled != out.shape[2]):",
+        "False):",
+        "decode",
+    ),
+    Mutation(
+        "one tile is no tile",
+        "generate/tiles.py",
+        "height <= most_high and width <= most_wide",
+        "height < most_high and width < most_wide",
+        "decode",
+    ),
+    Mutation(
+        "tiles that do not fit latents", "generate/tiles.py", "if getattr(vae, name) % ratio:", "if False:", "decode"
+    ),
+    Mutation(
+        "only methods are looked for", "generate/tiles.py", 'if not hasattr(vae, "_feat_map"):', "if False:", "decode"
+    ),
+    Mutation(
+        "another diffusers is found after loading",
+        "generate/job.py",
+        "    if arguments.vae_tiling:\n        check_tiling()\n",
+        "",
+        "decode",
+    ),
+    Mutation(
+        "tiles are not asked for", "generate/models.py", "    if arguments.vae_tiling:\n", "    if False:\n", "decode"
+    ),
+    Mutation(
+        "rank 0 decodes alone",
+        "generate/decode.py",
+        "self._shared = ranks.world > 1 and bool(self._tiles)",
+        "self._shared = False",
+        "decode",
+    ),
+    Mutation(
+        "a rank with fewer tiles says less",
+        "generate/decode.py",
+        "        self._idle(self.parts - len(share) * latents.shape[2], on_part)\n",
+        "",
+        "decode",
+    ),
+    Mutation(
+        "the last tiles go back and forth too",
+        "generate/decode.py",
+        "back = turn % 2 == 1 and (turn + 1) * ranks <= len(tiles)",
+        "back = turn % 2 == 1",
+        "decode",
+    ),
+    Mutation(
+        "tiles are dealt as they come",
+        "generate/decode.py",
+        "sorted(tiles, key=lambda tile: -tile.area)",
+        "sorted(tiles, key=lambda tile: tile.area)",
+        "decode",
+    ),
+    Mutation(
+        "the frames that are decoded are not told",
+        "generate/decode.py",
+        "        on_frame()\n\n    # The VAE",
+        "        pass\n\n    # The VAE",
+        "decode",
+    ),
+    Mutation(
+        "a rank that fails is not heard",
+        "generate/video.py",
+        "self.ranks.together(lambda: decoding.work(bar.update))",
+        "decoding.work(bar.update)",
+        "decode",
+    ),
     # Settings of generate and the server
     Mutation(
         "any number of frames is let through",

@@ -14,9 +14,10 @@ from torch import Tensor
 from sp_sparse.fidelity.metrics import as_bytes
 from sp_sparse.fidelity.store import Frames
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.decode import decode
 from sp_sparse.generate.models import transformers_of
 from sp_sparse.generate.stages import StepClock, synchronize
-from sp_sparse.generate.video import EncodedPrompt, decode, denoise, encode_prompt, first_frame
+from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt, first_frame
 
 # (prompt, seed)
 Video = tuple[str, int]

@@ -104,6 +104,9 @@ class GenerateArguments:
         choices=("auto", "float32", "bfloat16", "float16"),
     )
     device: str = option("auto", "auto is cuda where there is one", choices=("auto", "cpu", "cuda"))
+    vae_tiling: bool = option(
+        False, "encode and decode video in tiles, which takes less memory; several ranks share those of a decode", bool
+    )
     timeout_s: float = option(
         900.0, "seconds that a rank waits for the others before it gives up", float, above=0, at_most=1_000_000
     )

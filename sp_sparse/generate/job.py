@@ -22,6 +22,7 @@ from sp_sparse.generate.models import (
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
 from sp_sparse.generate.stages import Stages
+from sp_sparse.generate.tiles import check_tiling
 from sp_sparse.generate.verify import verify
 from sp_sparse.generate.video import VideoMaker, encode_prompts, first_frame
 from sp_sparse.integrations.diffusers import SparseWan
@@ -77,6 +78,8 @@ def _check(arguments: GenerateArguments, ranks: Ranks) -> tuple[GenerateArgument
     check_image(arguments, model)
     check_second_expert(arguments, model)
     check_lora(arguments)
+    if arguments.vae_tiling:
+        check_tiling()
     arguments = fill_defaults(arguments, model)
     check_video(arguments, model)
     if ranks.first:

@@ -31,6 +31,7 @@ from sp_sparse.generate.random_models import (
     tiny_text_image_to_video,
     tiny_text_to_video,
 )
+from sp_sparse.generate.tiles import enable_tiling
 
 _WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
 _PIPELINE_MULTIPLE = 16  # diffusers' Wan pipelines refuse other sides, whatever the VAE
@@ -199,6 +200,8 @@ def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.d
     """The pipeline on `device`, with LoRA weights and the flow shift that were asked for."""
     dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     pipe = model.load(device, dtype).to(device)
+    if arguments.vae_tiling:
+        enable_tiling(pipe.vae)
     load_lora(pipe, arguments)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe

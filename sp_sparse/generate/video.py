@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import numbered, save_video, whole_file
 from sp_sparse.generate.models import shift_of
 from sp_sparse.generate.ranks import Ranks
@@ -107,28 +108,6 @@ def seeded_steps(scheduler: Any, generator: torch.Generator | list[torch.Generat
             scheduler.step = before
 
 
-@torch.no_grad()
-def decode(pipe: Any, latents: Tensor, on_frame: Callable[[], Any]) -> Tensor:
-    """Frames `[B, T, H, W, 3]` in [0, 1] on the CPU; `on_frame` is called after each latent frame."""
-    vae = pipe.vae
-    mean, std = (
-        torch.tensor(numbers, device=vae.device, dtype=vae.dtype).view(1, -1, 1, 1, 1)
-        for numbers in (vae.config.latents_mean, vae.config.latents_std)
-    )
-
-    def advance(*_: Any) -> None:  # what a hook returns would replace the output
-        on_frame()
-
-    # The VAE decodes one latent frame after the other.
-    hook = vae.decoder.register_forward_hook(advance)
-    try:
-        pixels = vae.decode(latents.to(vae.device, vae.dtype) * std + mean, return_dict=False)[0]
-    finally:
-        hook.remove()
-    frames: Tensor = pipe.video_processor.postprocess_video(pixels, output_type="pt")
-    return frames.permute(0, 1, 3, 4, 2).float().cpu()
-
-
 def first_frame(arguments: GenerateArguments) -> Any:
     """The image that the video starts from; where none is given, a drawn one."""
     from PIL import Image, ImageOps
@@ -162,12 +141,14 @@ class Video:
     Attributes:
         latents: `[1, C, T, H, W]`, on the CPU.
         frames: `[T, H, W, 3]` in [0, 1] on rank 0, else None.
+        tiles_by_rank: how many tiles each rank decoded; all 0 where rank 0 decoded it whole.
         step_seconds: seconds of each denoising step, one list a repetition.
     """
 
     prompt: EncodedPrompt
     latents: Tensor
     frames: Tensor | None
+    tiles_by_rank: list[int]
     step_seconds: tuple[tuple[float, ...], ...]
 
     @property
@@ -185,21 +166,22 @@ class VideoMaker:
     image: Any | None
 
     def make(self, prompt: EncodedPrompt, stages: Stages, repeat: int = 1) -> Video:
-        """Denoise on every rank, decode on rank 0; the other ranks go on."""
+        """Denoise on every rank; decode on rank 0, or where the video is in tiles on every rank. A collective call."""
         seconds = []
         for _ in range(repeat):
             clock = StepClock(self.ranks.device)
             with stages.measure("denoise"):
                 latents = denoise(self.pipe, self.arguments, prompt, clock, self.image)
             seconds.append(tuple(clock.seconds))
-        frames = None
-        if self.ranks.first:
-            with (
-                stages.measure("decode"),
-                tqdm(total=latents.shape[2], desc="decode", unit="latent frame") as bar,
-            ):
-                (frames,) = decode(self.pipe, latents, bar.update)
-        return Video(prompt, latents.cpu(), frames, tuple(seconds))
+        decoding = VideoDecoding(self.pipe, latents, self.ranks)
+        if self.arguments.vae_tiling:
+            self.ranks.say(f"decode: {decoding}")
+        with stages.measure("decode"):
+            with tqdm(total=decoding.parts, desc="decode", unit="part", disable=not self.ranks.first) as bar:
+                self.ranks.together(lambda: decoding.work(bar.update))
+            frames = decoding.frames()
+        frame = None if frames is None else frames[0]
+        return Video(prompt, latents.cpu(), frame, decoding.tiles_by_rank, tuple(seconds))
 
     @property
     def _fps(self) -> int:
@@ -241,6 +223,7 @@ class VideoMaker:
         path = numbered(arguments.output_path(), number, count)
         told: dict[str, Any] = {"prompt": video.prompt.text, "output": str(path), "latents_finite": video.finite}
         told["step_seconds"] = video.step_seconds
+        told["decode"] = {"tiles_by_rank": video.tiles_by_rank}
         if video.frames is not None:
             told["made"] = self._made(video, video.frames)
         if not video.finite:

@@ -43,6 +43,7 @@ class ServeArguments:
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")
+    vae_tiling: bool = _shared("vae_tiling")
     timeout_s: float = _shared(
         "timeout_s",
         default=600.0,

@@ -111,7 +111,10 @@ class VideoBackend(Protocol):
         """What the job that was denoised last did. All ranks."""
 
     def decode(self, latents: Any, on_part: Callable[[int, int], None]) -> Any:
-        """The frames; `on_part(done, of)` may raise. Rank 0."""
+        """The frames, on rank 0. `on_part(done, of)` is called equally often on every rank, and may raise. All ranks.
+
+        A rank has nothing left that could fail alone before a collective of its own, once the last `on_part` has returned.
+        """
 
     def save(self, job: JobParameters, frames: Any, path: Path) -> None:
         """Write an mp4, whole or not at all. Rank 0."""

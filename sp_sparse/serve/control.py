@@ -11,8 +11,8 @@ from torch.distributed import ProcessGroup
 
 from sp_sparse.parallel.agreement import every_value
 
-# What a rank says at an exchange. Only rank 0 says CANCEL, INTERRUPT and PART.
-GO_ON, FAILED, CANCEL, INTERRUPT, PART = range(5)
+# What a rank says at an exchange. Only rank 0 says CANCEL and INTERRUPT.
+GO_ON, FAILED, CANCEL, INTERRUPT = range(4)
 
 
 class Control:

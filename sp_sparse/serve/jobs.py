@@ -28,7 +28,7 @@ class Progress:
     """How far a running job has come.
 
     Attributes:
-        part, parts: of the phase: steps of `denoise`, latent frames of `decode`.
+        part, parts: of the phase: steps of `denoise`, latent frames (of each tile) of `decode`.
         step, steps: denoising steps done, and of how many.
         seconds_per_step: mean over the steps after the first, which may prepare and compile; None before there is one.
         eta_s: seconds that are left; None where nothing is known.

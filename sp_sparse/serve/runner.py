@@ -14,7 +14,7 @@ import torch
 
 from sp_sparse.parallel.agreement import is_lost_rank
 from sp_sparse.serve.backend import JobParameters, Measured, NotFiniteError, VideoBackend
-from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, PART, Control
+from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, Control
 from sp_sparse.serve.disk import is_no_room
 from sp_sparse.serve.jobs import JobError
 from sp_sparse.serve.watchdog import Watchdog
@@ -37,7 +37,7 @@ class Observer:
         """A phase begins."""
 
     def part(self) -> None:
-        """A step, or a latent frame, is done."""
+        """A step, or a part of decoding, is done."""
 
 
 class JobFailedError(Exception):
@@ -134,12 +134,18 @@ class JobRunner:
             observer.part()
             self._agree(observer.command())
 
+        def on_part(done: int, parts: int) -> None:
+            if done == 1:
+                observer.phase("decode", parts)
+            on_step()
+
         encoded = self._on_all("encode", 1, observer, lambda: backend.encode(job))
         steps = job.num_inference_steps
         latents = self._on_all("denoise", steps, observer, lambda: backend.denoise(job, encoded, on_step))
         measured = self._together(backend.measure, observer)
-        frames = self._on_first("decode", observer, lambda on_part: backend.decode(latents, on_part))
-        self._on_first("save", observer, lambda on_part: backend.save(job, frames, _required(target)))
+        frames = self._on_all("decode", 1, observer, lambda: backend.decode(latents, on_part))
+        first = self._control.first
+        self._on_all("save", 1, observer, lambda: backend.save(job, frames, _required(target)) if first else None)
         return measured
 
     def _on_all(self, name: str, parts: int, observer: Observer, action: Callable[[], T]) -> T:
@@ -166,47 +172,6 @@ class JobRunner:
             except _PeerFailedError:
                 pass
         self._fail(error)
-
-    def _on_first(self, name: str, observer: Observer, action: Callable[[Callable[[int, int], None]], T]) -> T | None:
-        """Do something on rank 0, while the others wait for it from part to part."""
-        with self._watchdog.limit(self._bounds.step_s, f"a part of {name}"):
-            if not self._control.first:
-                while self._exchanged(GO_ON)[0] == PART:
-                    self._watchdog.beat()
-                return None
-            observer.phase(name, 1)
-            return self._lead(name, observer, action)
-
-    def _lead(self, name: str, observer: Observer, action: Callable[[Callable[[int, int], None]], T]) -> T:
-        seen = 0
-
-        def on_part(done: int, parts: int) -> None:
-            nonlocal seen
-            if seen == 0:
-                observer.phase(name, parts)
-            seen = done
-            self._watchdog.beat()
-            observer.part()
-            command = observer.command()
-            self._agree(PART if command == GO_ON else command)
-
-        try:
-            result = action(on_part)
-        except (JobStoppedError, _PeerFailedError):
-            raise
-        except Exception as caught:
-            error = self._told(caught)
-            self._control.exchange(FAILED)
-            self._fail(error)
-        self._agree(observer.command())
-        return result
-
-    def _exchanged(self, code: int) -> list[int]:
-        """A follower's exchange while rank 0 works alone."""
-        try:
-            return self._agree(code)
-        except _PeerFailedError:
-            self._fail(None)
 
     def _agree(self, code: int) -> list[int]:
         now = monotonic()

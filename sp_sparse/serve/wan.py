@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import io
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from torch import Tensor
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
+from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import save_video
 from sp_sparse.generate.lora import check_lora
 from sp_sparse.generate.models import (
@@ -30,7 +33,8 @@ from sp_sparse.generate.models import (
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
-from sp_sparse.generate.video import EncodedPrompt, decode, denoise, encode_prompt, first_frame
+from sp_sparse.generate.tiles import check_tiling
+from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt, first_frame
 from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.serve.arguments import ServeArguments
 from sp_sparse.serve.backend import (
@@ -42,6 +46,8 @@ from sp_sparse.serve.backend import (
     ModelCard,
     NotFiniteError,
 )
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,8 @@ class WanBackend:
         self._model = find_model(self._base, ranks.device)
         check_second_expert(self._base, self._model)
         check_lora(self._base)
+        if self._base.vae_tiling:
+            check_tiling()
         check_video(fill_defaults(self._base, self._model), self._model)
         self._card = _card(arguments, self._model)
         self._recorder = AttentionRecorder()
@@ -155,17 +163,18 @@ class WanBackend:
             return Measured(peak_bytes=peak)
         return Measured(report["mean_density"], tuple(report["calls"].items()), peak)
 
-    def decode(self, latents: Tensor, on_part: Callable[[int, int], None]) -> Tensor:
-        done, parts = 0, latents.shape[2]
-
-        def on_frame() -> None:
-            nonlocal done
-            done += 1
-            on_part(done, parts)
-
-        (frames,) = decode(self._pipe, latents, on_frame)
+    def decode(self, latents: Tensor, on_part: Callable[[int, int], None]) -> Tensor | None:
+        decoding = VideoDecoding(self._pipe, latents, self._ranks)
+        if self._base.vae_tiling and self._ranks.first:
+            log.info("decode: %s", decoding)
+        done = count(1)
+        # The last part is heard by all ranks, so that a collective comes next only where all have done theirs.
+        decoding.work(lambda: on_part(next(done), decoding.parts))
+        frames = decoding.frames()
+        if frames is None:
+            return None
         _check_finite("frames", frames)
-        return frames
+        return frames[0]
 
     def save(self, job: JobParameters, frames: Tensor, path: Path) -> None:
         save_video(frames, path, job.fps)

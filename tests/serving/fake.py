@@ -68,7 +68,7 @@ class FakeBackend:
         self._misbehave(job, "encode")
         return job
 
-    def denoise(self, job: JobParameters, encoded: JobParameters, on_step: Callable[[], None]) -> int:
+    def denoise(self, job: JobParameters, encoded: JobParameters, on_step: Callable[[], None]) -> JobParameters:
         assert job == encoded
         for step in range(job.num_inference_steps):
             if "wait" in job.prompt.split() and self.rank == 0:
@@ -78,7 +78,7 @@ class FakeBackend:
             elif step == 1:
                 self._misbehave(job, "denoise")
             on_step()
-        return job.seed
+        return job
 
     def _step_together(self, job: JobParameters, step: int) -> None:
         """As a model would: a collective of its own within each step, and failures before or within it."""
@@ -93,12 +93,14 @@ class FakeBackend:
     def measure(self) -> Measured:
         return Measured(0.5, (("fake", 1),), 1 << 20)
 
-    def decode(self, latents: int, on_part: Callable[[int, int], None]) -> int:
+    def decode(self, latents: JobParameters, on_part: Callable[[int, int], None]) -> JobParameters:
         for part in range(3):
+            if part == 1:
+                self._misbehave(latents, "decode")
             on_part(part + 1, 3)
         return latents
 
-    def save(self, job: JobParameters, frames: int, path: Path) -> None:
+    def save(self, job: JobParameters, frames: JobParameters, path: Path) -> None:
         self._misbehave(job, "save")
         with whole_file(path) as temporary:
             temporary.write_bytes(f"video {job.seed} {job.prompt} {len(job.image or b'')}".encode())

@@ -92,6 +92,9 @@ def test_every_rank_sees_the_same(tmp_path: Path, world: int) -> None:
             ("denoise", everyone, "runtime"),  # as guidance on two halves does on the half that is well
             ("step_end", str(last), "runtime"),
             ("step_end", "0", "cublas"),
+            ("decode", "0", "cublas"),
+            ("decode", str(last), "oom"),
+            ("decode", everyone, "bug"),
             ("save", "0", "full"),
             ("denoise", everyone, "nan"),
             ("denoise", everyone, "oom"),  # before a collective: on all ranks, as running out of memory mostly is
@@ -155,7 +158,8 @@ def _rank_ends(rank: int, folder: str, prompt: str) -> None:
         ("fail_in=denoise on=0 with=oom", "telling the other ranks of a failure (the server ran out of memory"),
         ("hang_in=denoise on=1", "a step of denoise took more than 4 s"),
         ("hang_in=encode on=0", "a step of encode took more than 4 s"),
-        ("hang_in=save on=0", "a part of save took more than 4 s"),
+        ("hang_in=decode on=1", "a step of decode took more than 4 s"),
+        ("hang_in=save on=0", "a step of save took more than 4 s"),
     ],
 )
 def test_what_cannot_be_agreed_on_ends_the_processes(tmp_path: Path, prompt: str, told: str) -> None:

@@ -232,7 +232,7 @@ def _main_with_nan(flags: list[str]) -> int:
     """As `sp_sparse.serve`, with latents or frames that are no numbers where the prompt says so."""
     from sp_sparse.serve import wan
 
-    real_denoise, real_decode = wan.denoise, wan.decode
+    real_denoise = wan.denoise
     prompts: list[str] = []
 
     def denoise(pipe: Any, arguments: Any, prompt: Any, *others: Any) -> Any:
@@ -242,13 +242,14 @@ def _main_with_nan(flags: list[str]) -> int:
             latents[0, 0, 0, 0, 0] = float("nan")
         return latents
 
-    def decode(*arguments: Any) -> Any:
-        frames = real_decode(*arguments)
-        if prompts == ["infinite frames"]:
-            frames[-1] = float("inf")
-        return frames
+    class Decoding(wan.VideoDecoding):
+        def frames(self) -> Any:
+            frames = super().frames()
+            if frames is not None and prompts == ["infinite frames"]:
+                frames[-1] = float("inf")
+            return frames
 
-    vars(wan).update(denoise=denoise, decode=decode)
+    vars(wan).update(denoise=denoise, VideoDecoding=Decoding)
     return serve(flags)
 
 
