@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from diffusers.hooks import (
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.__main__ import main as generate
 from sp_sparse.integrations.diffusers import enable_sparse_attention
+from sp_sparse.integrations.diffusers.position import SchedulerSteps
 from sp_sparse.parallel.agreement import LostRankError, RefusedError, is_lost_rank
 from tests.oracle import relative_error
 from tests.ranks import run_ranks, world_group
@@ -287,6 +289,18 @@ def test_a_loop_with_another_scheduler_has_no_known_step() -> None:
                 assert _dense_steps(recorder) == [True, False, False, False]
     with enable_sparse_attention(pipe, CONFIG):
         assert run(second).isfinite().all()  # the schedule does not need it
+
+
+def test_a_loop_that_was_broken_off_does_not_lend_its_step_to_another() -> None:
+    own: Any = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    other: Any = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    for scheduler in (own, other):
+        scheduler.set_timesteps(4)
+    steps, x = SchedulerSteps(SimpleNamespace(scheduler=own)), torch.zeros(1, 2)
+    assert steps(own.timesteps[0].expand(1)) == (0, 4)
+    own.step(x, own.timesteps[0], x)
+    assert steps(own.timesteps[1].expand(1)) == (1, 4)
+    assert steps(other.timesteps[1].expand(1)) == (None, None)
 
 
 def test_a_loop_that_tells_its_step_may_have_another_scheduler() -> None:
