@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,12 +26,35 @@ _SMALL_BLOCKS = {**dict.fromkeys(TINY_MODELS, (16, 16)), MINI: (64, 64)}
 # As a 64-bit generator takes them.
 _SEEDS = 2**64 - 1
 _LARGEST = 10_000_000
+_LARGEST_SCALE = 100
 
 
 def _sources(text: str) -> tuple[str, ...]:
     """`a,b` or `["a", "b"]`."""
     found = json.loads(text) if text.lstrip().startswith("[") else text.split(",")
     return tuple(str(source).strip() for source in found)
+
+
+def _scales(text: str) -> tuple[float, ...]:
+    """`0.5,1` or `[0.5, 1]`."""
+    return tuple(float(scale) for scale in text.strip().removeprefix("[").removesuffix("]").split(","))
+
+
+def _check_scales(sources_name: str, sources: tuple[str, ...], name: str, scales: tuple[float, ...]) -> None:
+    if scales and not sources:
+        raise ValueError(
+            f"{flag_of(name)} weighs {flag_of(sources_name)}, which is not given; give it, or leave it out"
+        )
+    if scales and len(scales) not in (1, len(sources)):
+        raise ValueError(
+            f"{flag_of(name)} has {len(scales)} numbers for {len(sources)} sources of {flag_of(sources_name)}; give one for "
+            f"all, or {len(sources)}"
+        )
+    for scale in scales:
+        if not (math.isfinite(scale) and abs(scale) <= _LARGEST_SCALE):
+            raise ValueError(
+                f"{flag_of(name)} {scale!r} is not a number from -{_LARGEST_SCALE} to {_LARGEST_SCALE}; give such a number"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,11 +81,18 @@ class GenerateArguments:
     lora: tuple[str, ...] = option(
         (),
         "LoRA weights for the first (or only, or high-noise) expert: a file, folder or hub id; several with commas or by "
-        "giving the flag again, all of them at weight 1",
+        "giving the flag again",
         _sources,
         many=True,
     )
     lora_2: tuple[str, ...] = option((), "the same for the second (low-noise) expert", _sources, many=True)
+    lora_scale: tuple[float, ...] = option(
+        (),
+        "weights of --lora, from -100 to 100: one for all, or one each, with commas; 1 if not given",
+        _scales,
+        many=True,
+    )
+    lora_scale_2: tuple[float, ...] = option((), "the same for --lora-2", _scales, many=True)
     prompt: str = option("a cat walks on the grass", "what to show")
     prompt_file: str | None = option(None, "one prompt a line, one video each; instead of --prompt")
     negative_prompt: str = option("", "what to keep away from")
@@ -84,6 +115,13 @@ class GenerateArguments:
     )
     guidance_scale_2: float | None = option(
         None, "guidance of the second expert, 0 to 100", float, at_least=0, at_most=100
+    )
+    boundary_ratio: float | None = option(
+        None,
+        "share of the noise, above 0 and below 1, under which the second expert takes over; for models with two experts",
+        float,
+        above=0,
+        at_most=1,
     )
     flow_shift: float | None = option(
         None, "shift of the noise schedule, above 0, up to 100", float, above=0, at_most=100
@@ -126,7 +164,11 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", tuple(self.lora))
         object.__setattr__(self, "lora_2", tuple(self.lora_2))
+        object.__setattr__(self, "lora_scale", tuple(self.lora_scale))
+        object.__setattr__(self, "lora_scale_2", tuple(self.lora_scale_2))
         check_numbers(self)
+        _check_scales("lora", self.lora, "lora_scale", self.lora_scale)
+        _check_scales("lora_2", self.lora_2, "lora_scale_2", self.lora_scale_2)
         self._check_combinations()
         for name, suffix in (
             ("output", ".mp4"),
@@ -143,6 +185,8 @@ class GenerateArguments:
             raise ValueError(
                 f"--layers {self.layers} is for {RANDOM_A14B}, and the model is {self.model}; leave it out"
             )
+        if self.boundary_ratio == 1:
+            raise ValueError("--boundary-ratio 1.0 leaves the first expert no step; give a number above 0 and below 1")
         guided = self.guidance_scale is None or self.guidance_scale > 1
         if self.cfg_parallel_degree > 1 and not guided:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""LoRA weights: each source an adapter of its own, all of them at weight 1; one that would change nothing is refused."""
+"""LoRA weights: each source an adapter of its own, at its own weight; one that would change nothing is refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def load_lora(pipe: Any, arguments: GenerateArguments) -> None:
     Raises:
         ValueError: a source that cannot be read, or of which a weight does not fit the expert.
     """
-    for name, part in (("lora", "transformer"), ("lora_2", "transformer_2")):
+    for name, scale_name, part in (
+        ("lora", "lora_scale", "transformer"),
+        ("lora_2", "lora_scale_2", "transformer_2"),
+    ):
         adapters = []
         for number, source in enumerate(getattr(arguments, name)):
             adapter, transformer = f"{name}_{number}", getattr(pipe, part)
@@ -68,7 +71,8 @@ def load_lora(pipe: Any, arguments: GenerateArguments) -> None:
             adapters.append(adapter)
         if adapters:
             # Loading leaves the last one active alone.
-            getattr(pipe, part).set_adapters(adapters, [1.0] * len(adapters))
+            scales = getattr(arguments, scale_name) or (1.0,)
+            getattr(pipe, part).set_adapters(adapters, list(scales * len(adapters))[: len(adapters)])
 
 
 def _misfits(keys: Collection[str], transformer: Any, adapter: str) -> list[str]:

@@ -161,6 +161,11 @@ def check_second_expert(arguments: GenerateArguments, model: WanModel) -> None:
         raise ValueError(
             f"--lora-2 {arguments.lora_2[0]} is for a second expert, which {arguments.model} has not; use --lora"
         )
+    if arguments.boundary_ratio is not None:
+        raise ValueError(
+            f"--boundary-ratio {arguments.boundary_ratio:g} is for a second expert, which {arguments.model} has "
+            "not; leave --boundary-ratio out"
+        )
     for name in SECOND_EXPERT:
         if getattr(arguments.sparse, name) not in (None, ()):
             flag = flag_of(FLAG_PREFIX + name)
@@ -197,12 +202,14 @@ def picture_size(path: str) -> tuple[int, int]:
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
-    """The pipeline on `device`, with LoRA weights and the flow shift that were asked for."""
+    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for."""
     dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     pipe = model.load(device, dtype).to(device)
     if arguments.vae_tiling:
         enable_tiling(pipe.vae)
     load_lora(pipe, arguments)
+    if arguments.boundary_ratio is not None:
+        pipe.register_to_config(boundary_ratio=arguments.boundary_ratio)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe
 

@@ -201,6 +201,8 @@ class VideoMaker:
             "num_inference_steps": len(video.step_seconds[-1]),
             "guidance_scale": arguments.guidance_scale,
             "guidance_scale_2": second if two_experts else None,
+            "boundary_ratio": pipe.config.boundary_ratio,
+            "scheduler": type(pipe.scheduler).__name__,
             "seed": arguments.seed,
             "flow_shift": shift_of(pipe.scheduler),
             "image": self.image_told(),
