@@ -76,13 +76,6 @@ MUTATIONS = (
         "decode",
     ),
     Mutation(
-        "a tile remembers the one before",
-        "generate/tiles.py",
-        "    vae.clear_cache()\n    try:",
-        "    getattr(vae, '_feat_map', None) or vae.clear_cache()\n    try:",
-        "decode",
-    ),
-    Mutation(
         "a failed tile leaves its memory",
         "generate/tiles.py",
         "    finally:\n        vae.clear_cache()",

@@ -22,7 +22,15 @@ from sp_sparse.generate.decode import VideoDecoding, decode, share_tiles
 from sp_sparse.generate.files import decoded_pixels
 from sp_sparse.generate.random_models import tiny_text_image_to_video, tiny_text_to_video
 from sp_sparse.generate.ranks import Ranks
-from sp_sparse.generate.tiles import Tile, check_tiling, decode_tile, enable_tiling, tiles_of
+from sp_sparse.generate.tiles import (
+    Tile,
+    blend_tiles,
+    check_tiling,
+    decode_tile,
+    decoded_shape,
+    enable_tiling,
+    tiles_of,
+)
 from sp_sparse.parallel.agreement import RefusedError
 from tests.ranks import run_ranks
 from tests.serving.server import RankServer
@@ -89,6 +97,20 @@ def test_one_rank_decodes_by_diffusers(case: tuple[int, ...], dtype: torch.dtype
     assert found.shape[:2] == (2, 4 * (frames - 1) + 1)
     assert decoding.tiles_by_rank == [count]
     assert len(calls) == decoding.parts == count * frames
+
+
+@pytest.mark.parametrize("channels", [16, 48])
+def test_pixels_are_those_of_diffusers(channels: int) -> None:
+    """Before they become frames, which are clamped once more."""
+    vae, latents = _pipe(channels).vae, _latents(channels, 2, 7, 9)
+    cut = tiles_of(vae, 7, 9)
+    decoded = [torch.empty(decoded_shape(vae, tile, latents)) for tile in cut]
+    for tile, out in zip(cut, decoded, strict=True):
+        decode_tile(vae, tile.of(latents), out, lambda: None)
+    with torch.no_grad():
+        wanted = vae.tiled_decode(latents, return_dict=False)[0]
+    assert (wanted.abs() == 1).any()
+    assert torch.equal(blend_tiles(vae, cut, decoded), wanted)
 
 
 def _rank_shares(rank: int, world: int, dtype: torch.dtype, out: str) -> None:
