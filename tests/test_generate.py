@@ -19,6 +19,7 @@ import torch
 from launch.compare import main as compare
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_to_video
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
@@ -155,7 +156,8 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
     assert parse_arguments(["--config", str(same)]).sparse.block_size == (32, 16)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    assert parse_arguments(["--config", str(config), "--prompt-file", str(prompts)]).prompts == ("a cat",)
+    (video,) = wanted_videos(parse_arguments(["--config", str(config), "--prompt-file", str(prompts)]))
+    assert (video.arguments.prompt, video.arguments.seed) == ("a cat", 3)
 
 
 def test_local_path(tmp_path: Path) -> None:
