@@ -228,7 +228,7 @@ def test_refusals(
 
 def test_unknown_key_in_the_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "job.yaml").write_text("sede: 3\n")
-    assert "unknown keys sede; known are cfg_parallel_degree, compile" in _error(
+    assert "unknown keys sede; known are boundary_ratio, cfg_parallel_degree, compile" in _error(
         capsys, "--config", str(tmp_path / "job.yaml")
     )
 
