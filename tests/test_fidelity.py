@@ -344,6 +344,7 @@ def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--prompts", ""], "--prompts is missing; give a file with one prompt a line"),
         (["--output", ""], "--output is missing; give a folder for the results"),
         (["--prompts", "missing.txt"], "missing.txt"),
+        (["--prompts", "lines.jsonl"], "give a text file with one prompt a line"),
         (["--selectors", "topk,best"], "unknown selector 'best'; use one of topk"),
         (["--remainders", "drop,guess"], "remainder='guess' is not known; use one of drop, mean, linear"),
         (["--orders", "raster,spiral"], "token_order='spiral' is not known; use one of raster, tile, hilbert"),

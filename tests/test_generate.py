@@ -19,6 +19,7 @@ import torch
 from launch.compare import main as compare
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_to_video
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
@@ -155,7 +156,8 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
     assert parse_arguments(["--config", str(same)]).sparse.block_size == (32, 16)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a cat\n")
-    assert parse_arguments(["--config", str(config), "--prompt-file", str(prompts)]).prompts == ("a cat",)
+    (video,) = wanted_videos(parse_arguments(["--config", str(config), "--prompt-file", str(prompts)]))
+    assert (video.arguments.prompt, video.arguments.seed) == ("a cat", 3)
     same.write_text(json.dumps({"sparse_attn_preset": "fast", "sparse_attn_dense_layers": 1}))
     named = parse_arguments(["--config", str(same), "--sparse-attn-topk", "0.15"])
     assert named.sparse_attn_preset == "fast", "the report tells it"
@@ -233,7 +235,7 @@ def test_refusals(
 
 def test_unknown_key_in_the_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "job.yaml").write_text("sede: 3\n")
-    assert "unknown keys sede; known are cfg_parallel_degree, compile" in _error(
+    assert "unknown keys sede; known are boundary_ratio, cfg_parallel_degree, compile" in _error(
         capsys, "--config", str(tmp_path / "job.yaml")
     )
 

@@ -304,7 +304,7 @@ def test_the_report_tells_what_was_made(tmp_path: Path) -> None:
     flags = ["--height=96", "--width=64", "--num-frames=5", "--num-inference-steps=3", "--guidance-scale=2"]
     report = _generate(tmp_path, *flags, "--guidance-scale-2=3", "--flow-shift=7", "--fps=12", "--seed=9")
     made: dict[str, Any] = {"height": 96, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
-    made |= {"boundary_ratio": 0.875, "scheduler": "UniPCMultistepScheduler"}
+    made |= {"negative_prompt": "", "boundary_ratio": 0.875, "scheduler": "UniPCMultistepScheduler"}
     made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9, "image": None}
     assert report["videos"][0]["made"] == made
 

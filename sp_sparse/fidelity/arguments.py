@@ -91,6 +91,11 @@ class FidelityArguments:
         for name, what in (("prompts", "a file with one prompt a line"), ("output", "a folder for the results")):
             if not getattr(self, name):
                 raise ValueError(f"{flag_of(name)} is missing; give {what}")
+        if Path(self.prompts).suffix == ".jsonl":
+            raise ValueError(
+                f"--prompts {self.prompts} has settings of its own a line, and the videos compared here share theirs; give "
+                "a text file with one prompt a line"
+            )
         if self.sparse_attn_backend == "none":
             raise ValueError(
                 "--sparse-attn-backend none leaves attention dense, which is rendered anyhow; use auto or a kernel"

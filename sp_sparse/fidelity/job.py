@@ -26,6 +26,7 @@ from sp_sparse.generate.models import (
     find_model,
     load_pipeline,
 )
+from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.ranks import Ranks
 
 T = TypeVar("T")
@@ -91,7 +92,7 @@ def _open(
     """Begin or go on with the folder, and see what is missing."""
     # A batch of another size rounds otherwise, by which long trajectories part.
     store.open({**_shared_by_all(base, model, ranks), "batch": arguments.batch})
-    prompts = tuple(dict.fromkeys(base.prompts))
+    prompts = tuple(dict.fromkeys(video.arguments.prompt for video in wanted_videos(base)))
     kinds = (DENSE, FLOOR) if arguments.noise_floor else (DENSE,)
     settings = arguments.settings
     items = [

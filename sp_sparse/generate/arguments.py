@@ -94,7 +94,14 @@ class GenerateArguments:
     )
     lora_scale_2: tuple[float, ...] = option((), "the same for --lora-2", _scales, many=True)
     prompt: str = option("a cat walks on the grass", "what to show")
-    prompt_file: str | None = option(None, "one prompt a line, one video each; instead of --prompt")
+    prompt_file: str | None = option(
+        None,
+        "one prompt a line, one video each; instead of --prompt; of a .jsonl file each line is an object with prompt and "
+        "its own settings",
+    )
+    videos_per_prompt: int = option(
+        1, "videos of each prompt, each with the next seed", int, at_least=1, at_most=10_000
+    )
     negative_prompt: str = option("", "what to keep away from")
     image: str | None = option(None, "first frame, for image-to-video; a tiny or random model draws one if not given")
     height: int | None = option(
@@ -212,22 +219,11 @@ class GenerateArguments:
             raise ValueError("--verify-tolerance has nothing to judge; add --verify single or --verify dense")
 
     @property
-    def prompts(self) -> tuple[str, ...]:
-        """One prompt a video."""
-        if self.prompt_file is None:
-            return (self.prompt,)
-        lines = Path(self.prompt_file).read_text(encoding="utf-8").splitlines()
-        prompts = tuple(line.strip() for line in lines if line.strip())
-        if not prompts:
-            raise ValueError(f"--prompt-file {self.prompt_file} has no prompt; write one a line")
-        return prompts
-
-    @property
     def ranks_wanted(self) -> int:
         return self.ulysses_degree * self.ring_degree * self.cfg_parallel_degree
 
     def output_path(self) -> Path:
-        """Where the video goes; with several prompts, the name before the number of each is added."""
+        """Where the video goes; with several videos, the name before the number of each is added."""
         if self.output is not None:
             return Path(self.output)
         model = Path(os.path.normpath(self.model)).name

@@ -15,16 +15,16 @@ from sp_sparse.generate.video import Video, VideoMaker
 from sp_sparse.integrations.diffusers import enable_sparse_attention
 
 
-def verify(maker: VideoMaker, videos: list[Video]) -> dict[str, Any] | None:
+def verify(makers: list[VideoMaker], videos: list[Video]) -> dict[str, Any] | None:
     """Make the videos again, each rank alone, and compare; the same answer on every rank."""
-    arguments, ranks = maker.arguments, maker.ranks
+    pipe, arguments, ranks = makers[0].pipe, makers[0].arguments, makers[0].ranks
     if arguments.verify == "none":
         return None
     told, worst = [], 0.0
     with ExitStack() as undo:
         if arguments.verify == "single":
-            undo.enter_context(enable_sparse_attention(maker.pipe, arguments.sparse, SequenceParallelMesh()))
-        for video in videos:
+            undo.enter_context(enable_sparse_attention(pipe, arguments.sparse, SequenceParallelMesh()))
+        for maker, video in zip(makers, videos, strict=True):
             again = maker.make(video.prompt, Stages(ranks))
             # Each rank compares what it holds, so that ranks that drifted apart are seen too.
             every = ranks.gather(difference(video.latents, again.latents))

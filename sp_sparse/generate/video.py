@@ -34,11 +34,12 @@ class EncodedPrompt:
     negative: Tensor | None
 
 
-def encode_prompts(pipe: Any, arguments: GenerateArguments, device: torch.device) -> list[EncodedPrompt]:
+def encode_prompts(pipe: Any, videos: Sequence[GenerateArguments], device: torch.device) -> list[EncodedPrompt]:
     """Encode all prompts, then drop the text encoder: its memory is worth more to attention."""
-    encoded = [encode_prompt(pipe, arguments, text, device) for text in arguments.prompts]
+    texts = [(video.prompt, video.negative_prompt) for video in videos]
+    encoded = {text: encode_prompt(pipe, videos[texts.index(text)], text[0], device) for text in dict.fromkeys(texts)}
     pipe.text_encoder = None
-    return encoded
+    return [encoded[text] for text in texts]
 
 
 @torch.no_grad()
@@ -158,7 +159,7 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoMaker:
-    """The pipeline with everything that its videos share."""
+    """The pipeline and what one video is to be."""
 
     pipe: Any
     arguments: GenerateArguments
@@ -203,6 +204,7 @@ class VideoMaker:
             "guidance_scale_2": second if two_experts else None,
             "boundary_ratio": pipe.config.boundary_ratio,
             "scheduler": type(pipe.scheduler).__name__,
+            "negative_prompt": arguments.negative_prompt,
             "seed": arguments.seed,
             "flow_shift": shift_of(pipe.scheduler),
             "image": self.image_told(),
@@ -219,9 +221,9 @@ class VideoMaker:
         cropped = cropped_share((width, height), arguments.height, arguments.width)
         return {"path": arguments.image, "width": width, "height": height, "cropped_share": cropped}
 
-    def save(self, video: Video, number: int, stages: Stages) -> dict[str, Any]:
-        """Write the video of this number on rank 0, and tell the report about it."""
-        arguments, count = self.arguments, len(self.arguments.prompts)
+    def save(self, video: Video, number: int, count: int, stages: Stages) -> dict[str, Any]:
+        """Write the video of this number among `count` on rank 0, and tell the report about it."""
+        arguments = self.arguments
         path = numbered(arguments.output_path(), number, count)
         told: dict[str, Any] = {"prompt": video.prompt.text, "output": str(path), "latents_finite": video.finite}
         told["step_seconds"] = video.step_seconds

@@ -1,0 +1,112 @@
+"""The videos of a job: those of each line of the prompt file, as arguments of their own."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from sp_sparse.flags import check_numbers, same_option
+from sp_sparse.generate.arguments import GenerateArguments
+
+
+def _own(name: str) -> Any:
+    return same_option(GenerateArguments, name, default=None)
+
+
+@dataclass(frozen=True)
+class PromptLine:
+    """A line of a .jsonl file; what is None comes from the flags.
+
+    Raises:
+        ValueError: a value of another type, or out of the bounds of the flag of the same name.
+    """
+
+    prompt: str | None = _own("prompt")
+    negative_prompt: str | None = _own("negative_prompt")
+    image: str | None = _own("image")
+    height: int | None = _own("height")
+    width: int | None = _own("width")
+    num_frames: int | None = _own("num_frames")
+    seed: int | None = _own("seed")
+
+    def __post_init__(self) -> None:
+        for name in ("prompt", "negative_prompt", "image"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"{name} {value!r} is not a text; write it in quotes")
+        check_numbers(self, str)
+
+
+@dataclass(frozen=True)
+class WantedVideo:
+    """One video of a job.
+
+    Attributes:
+        arguments: the job's, with what is this video's own.
+        place: file and line that ask for it; empty where the flags do.
+    """
+
+    arguments: GenerateArguments
+    place: str
+
+    def error(self, error: ValueError) -> ValueError:
+        """The same error, which also tells the file and the line."""
+        return ValueError(f"{self.place}: {error}") if self.place else error
+
+
+def wanted_videos(arguments: GenerateArguments) -> tuple[WantedVideo, ...]:
+    """`videos_per_prompt` for each prompt, with seeds that count up from its own.
+
+    Raises:
+        ValueError: a file without prompts, or a line that cannot be read; with the file and the line.
+        OSError: a file that cannot be read.
+    """
+    found = []
+    for place, line in _lines(arguments):
+        for number in range(arguments.videos_per_prompt):
+            own = dict(line)
+            own["seed"] = own.get("seed", arguments.seed) + number
+            try:
+                found.append(WantedVideo(replace(arguments, **own), place))
+            except ValueError as error:
+                raise (ValueError(f"{place}: {error}") if place else error) from error
+    return tuple(found)
+
+
+def _lines(arguments: GenerateArguments) -> list[tuple[str, dict[str, Any]]]:
+    if arguments.prompt_file is None:
+        return [("", {})]
+    path = Path(arguments.prompt_file)
+    texts = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    lines = [(f"{path} line {number}", text.strip()) for number, text in texts if text.strip()]
+    if not lines:
+        raise ValueError(f"--prompt-file {path} has no prompt; write one a line")
+    if path.suffix != ".jsonl":
+        return [(place, {"prompt": text}) for place, text in lines]
+    return [(place, _read(place, text)) for place, text in lines]
+
+
+def _read(place: str, text: str) -> dict[str, Any]:
+    names = [entry.name for entry in fields(PromptLine)]
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{place} is not JSON ({error}); write {{"prompt": "a cat"}}') from error
+    if not isinstance(values, dict) or "prompt" not in values:
+        raise ValueError(f'{place} has no "prompt"; write {{"prompt": "a cat"}}, and any of {", ".join(names)}')
+    unknown = sorted(set(values) - set(names))
+    if unknown:
+        lora = (
+            "; LoRA weights are loaded once for all lines, by --lora" if any("lora" in key for key in unknown) else ""
+        )
+        raise ValueError(f"{place} has unknown keys {', '.join(unknown)}; known are {', '.join(names)}{lora}")
+    empty = sorted(key for key, value in values.items() if value is None)
+    if empty:
+        raise ValueError(f"{place}: {', '.join(empty)} is null; leave it out, so that the flag's value holds")
+    try:
+        PromptLine(**values)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return values
