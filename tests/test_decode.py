@@ -203,6 +203,8 @@ def test_shares_are_even() -> None:
             shares = share_tiles(whole, world)
             assert sorted((tile for share in shares for tile in share), key=lambda t: (t.row, t.column)) == list(whole)
             assert len(shares[0]) == max(map(len, shares)) <= min(map(len, shares)) + 1
+            for share in shares:  # the tile that some have beyond others is a small one
+                assert [tile.area for tile in share] == sorted((tile.area for tile in share), reverse=True)
             work = [sum(tile.area for tile in share) for share in shares]
             assert max(work) <= sum(work) / world + max(tile.area for tile in whole)
     assert asdict(tiles_of(vae, 90, 160)[-1]) == asdict(Tile(3, 6, 72, 144, 18, 16))
