@@ -255,7 +255,11 @@ def _stop_after_some_videos(folder: Path, flags: list[str], number: int, ranks: 
     log = folder / "log.txt"
     with log.open("wb") as stderr:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        process = subprocess.Popen(_command(ranks, flags), cwd=folder, env=environment, stderr=stderr)
+        # A shell starts what runs in the background, as tests may, with interrupts ignored.
+        process = subprocess.Popen(
+            _command(ranks, flags), cwd=folder, env=environment, stderr=stderr,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
         try:
             lines = folder / "out" / "fidelity.jsonl"
             wait_for(lambda: (lines.exists() and lines.read_bytes().count(b"\n") >= 3) or process.poll() is not None)
