@@ -245,6 +245,22 @@ def test_generate(tmp_path: Path, capfd: pytest.CaptureFixture[str], model: str,
     assert f"decode: 4 tiles; by rank {', '.join(map(str, counts))}" in capfd.readouterr().err
 
 
+# For tests/test_decode.py, before test_generate_tells_that_a_video_is_one_tile
+
+
+def _rank_fails_in_generate(rank: int, flags: list[str]) -> None:
+    failing = torch.OutOfMemoryError("out of memory") if rank == 1 else None
+    with mock.patch("sp_sparse.generate.decode.decode_tile", side_effect=failing):
+        assert main(flags) == 2
+
+
+def test_generate_ends_on_every_rank_where_one_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    flags = ["--ulysses-degree", "2", *SPARSE, *TILED, "--output", str(tmp_path / "video.mp4")]
+    run_ranks(2, _rank_fails_in_generate, flags)
+    assert "rank 1: out of memory" in capfd.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_tells_that_a_video_is_one_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--vae-tiling", "--num-inference-steps", "1", "--num-frames", "1", "--output", str(tmp_path / "v.mp4")]
     assert main([*SPARSE, *flags]) == 0
