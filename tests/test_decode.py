@@ -245,9 +245,6 @@ def test_generate(tmp_path: Path, capfd: pytest.CaptureFixture[str], model: str,
     assert f"decode: 4 tiles; by rank {', '.join(map(str, counts))}" in capfd.readouterr().err
 
 
-# For tests/test_decode.py, before test_generate_tells_that_a_video_is_one_tile
-
-
 def _rank_fails_in_generate(rank: int, flags: list[str]) -> None:
     failing = torch.OutOfMemoryError("out of memory") if rank == 1 else None
     with mock.patch("sp_sparse.generate.decode.decode_tile", side_effect=failing):
