@@ -8,20 +8,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.remainder import triton_attend
 from sp_sparse.remainder.attend import attend_means
 from sp_sparse.remainder.means import block_means_torch
 from sp_sparse.remainder.triton_attend import takes_query
 from sp_sparse.remainder.triton_means import block_means_triton, takes_tokens
 from tests.remainder_cases import fused, means_like, problem
-from tests.triton_oracle import poisoned_empty, random_problem
+from tests.triton_marks import skip_without_interpreter
+from tests.triton_oracle import poisoned_empty
 
-try:
-    _tiny = random_problem((64, 64), 64, torch.float16, "cpu", (10, 10), batch=1, heads=1)
-    TritonKernel()(_tiny.query, _tiny.key, _tiny.value, _tiny.mask, _tiny.scale)
-except Exception as _error:
-    pytest.skip(f"Triton's interpreter does not run here: {_error!r}", allow_module_level=True)
+skip_without_interpreter()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 

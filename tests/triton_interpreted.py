@@ -13,14 +13,11 @@ import torch
 from sp_sparse.kernels.triton import TritonKernel
 from sp_sparse.selection.summaries import block_means_torch
 from sp_sparse.selection.triton_means import block_means_triton, takes_tokens
+from tests.triton_marks import skip_without_interpreter
 from tests.triton_means_cases import CASES, make_tokens
 from tests.triton_oracle import Problem, assert_accurate, poisoned_empty, random_mask, random_problem
 
-try:
-    _tiny = random_problem((64, 64), 64, torch.float16, "cpu", (10, 10), batch=1, heads=1)
-    TritonKernel()(_tiny.query, _tiny.key, _tiny.value, _tiny.mask, _tiny.scale)
-except Exception as _error:
-    pytest.skip(f"Triton's interpreter does not run here: {_error!r}", allow_module_level=True)
+skip_without_interpreter()
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
