@@ -176,6 +176,21 @@ def test_what_is_there_is_not_made_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert again["psnr"] == repeated["psnr"], "the same noise gives the same video"
 
 
+def test_a_report_of_what_is_there_renders_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nothing = _error(capsys, *_flags(tmp_path, "--report-only", "true"))
+    assert "has no measured video to report; measure some, without --report-only" in nothing
+    assert main(_flags(tmp_path, "--densities", "0.2", "--masks", "false")) == 0
+    monkeypatch.setattr(job, "load_pipeline", lambda *_: pytest.fail("nothing is rendered"))
+    # A setting and a seed more, which are missing, and no model where the report is written.
+    more = ["--densities", "0.2,0.5", "--seeds", "2", "--model", str(tmp_path / "gone"), "--report-only", "true"]
+    (tmp_path / "out" / "fidelity.md").unlink()
+    assert main(_flags(tmp_path, *more)) == 0
+    assert len(_lines(tmp_path)) == 6
+    assert "0.2" in (tmp_path / "out" / "fidelity.md").read_text()
+
+
 def test_dense_frames_that_are_gone_are_made_again(tmp_path: Path) -> None:
     assert main(_flags(tmp_path, "--densities", "0.2", "--masks", "false")) == 0
     frames = sorted((tmp_path / "out" / "frames").glob("dense-*"))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launch.mini import autoencoder, stages
@@ -31,8 +32,11 @@ from launch.mini.training import Budget, Schedule, Stage, averaged
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.mini import mini_folder
 from sp_sparse.generate.models import find_model
+from sp_sparse.generate.ranks import Ranks
+from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
+ALONE = Ranks(0, 1, CPU)
 CAPTIONS = ["A red circle moves to the left over gray dots.", "a blue ring gliding up across brown waves"]
 
 
@@ -174,7 +178,7 @@ def _weight(stage: Stage) -> Tensor:
 
 def _fit(folder: Path, *steps: int, of: str = "a line") -> Stage:
     for count in steps:
-        stage = Stage("line", {"line": _Line()}, folder, Schedule(0.1, warmup=3), of)
+        stage = Stage("line", {"line": _Line()}, folder, Schedule(0.1, warmup=3), of, ALONE)
 
         def loss(step: int, stage: Stage = stage) -> tuple[Tensor, Tensor]:
             target = torch.tensor([1.0, 2.0, 3.0]) + 0.1 * torch.randn(3, generator=stage.generator)
@@ -198,6 +202,61 @@ def test_resuming_gives_the_same_state_as_going_on(tmp_path: Path) -> None:
         _fit(tmp_path / "once", 1, of="another")
 
 
+def _fit_together(rank: int, folder: Path) -> None:
+    ranks = Ranks(rank, 2, CPU)
+    line = _Line()
+    stage = Stage("line", {"line": line}, folder, Schedule(0.1, warmup=3), "a line", ranks)
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
+        error = (_weight(stage) - torch.tensor([1.0, 2.0, 3.0]) * (rank + 1)).square().sum()
+        return error, error
+
+    stage.run(loss, Budget(0, 5))
+    draws = ranks.gather(torch.rand(3, generator=stage.generator).tolist())
+    assert len(set(map(tuple, draws))) == 2, draws
+    torch.save(line.weight.detach(), folder / f"rank{rank}.pt")
+
+
+def test_ranks_train_the_same_weights_by_the_mean_of_their_gradients(tmp_path: Path) -> None:
+    run_ranks(2, _fit_together, tmp_path)
+    # The mean of both gradients is that of a target in the middle.
+    alone = Stage("one", {"line": _Line()}, tmp_path / "alone", Schedule(0.1, warmup=3), "a line", ALONE)
+    middle = torch.tensor([1.0, 2.0, 3.0]) * 1.5
+
+    def loss(step: int) -> tuple[Tensor, Tensor]:
+        error = (_weight(alone) - middle).square().sum()
+        return error, error
+
+    alone.run(loss, Budget(0, 5))
+    for rank in range(2):
+        torch.testing.assert_close(torch.load(tmp_path / f"rank{rank}.pt"), _weight(alone).detach())
+    lines = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 5], "one rank writes the log"
+    assert lines[0]["ranks"] == 2
+
+
+def _encode_together(rank: int, trained: Path, folder: Path) -> None:
+    if rank == 0:
+        (folder / "vae.pt").symlink_to(trained / "vae.pt")
+    ranks = Ranks(rank, 2, CPU)
+    dist.barrier()
+    stages.make_latents(MICRO, folder, ranks, Budget(0, 2), clips=128)
+
+
+def test_ranks_encode_the_same_clips_as_one(trained: Path, tmp_path: Path) -> None:
+    for name, world in (("one", 1), ("two", 2)):
+        (tmp_path / name).mkdir()
+        if world == 1:
+            (tmp_path / name / "vae.pt").symlink_to(trained / "vae.pt")
+            stages.make_latents(MICRO, tmp_path / name, ALONE, Budget(0, 4), clips=128)
+        else:
+            run_ranks(world, _encode_together, trained, tmp_path / name)
+    one, two = (torch.load(tmp_path / name / "latents.pt") for name in ("one", "two"))
+    assert torch.equal(one["ids"], two["ids"])
+    torch.testing.assert_close(one["latents"], two["latents"])
+    assert one["mean"].tolist() == pytest.approx(two["mean"].tolist())
+
+
 def test_resuming_a_transformer_gives_the_same_weights(trained: Path, tmp_path: Path) -> None:
     for parts, steps in (("once", (3,)), ("twice", (1, 2))):
         folder = tmp_path / parts
@@ -205,7 +264,7 @@ def test_resuming_a_transformer_gives_the_same_weights(trained: Path, tmp_path: 
         for name in ("vae.pt", "latents.pt"):
             (folder / name).symlink_to(trained / name)
         for count in steps:
-            stages.train_transformer("joint", MICRO, folder, CPU, Budget(0, count), batch=2, rate=1e-3)
+            stages.train_transformer("joint", MICRO, folder, ALONE, Budget(0, count), batch=2, rate=1e-3)
     once, twice = (averaged(tmp_path / name / "joint.pt")[0] for name in ("once", "twice"))
     torch.testing.assert_close(once, twice, rtol=0, atol=1e-7)
 
@@ -218,7 +277,7 @@ def test_blocks_that_do_not_compile_run_as_they_are(
 
     transformer = make_transformer(MICRO)
     monkeypatch.setattr(transformer, "compile_repeated_blocks", refuse)
-    stage = Stage("joint", {"transformer": transformer}, tmp_path, Schedule(0.1), "nothing")
+    stage = Stage("joint", {"transformer": transformer}, tmp_path, Schedule(0.1), "nothing", ALONE)
     before = stage.generator.get_state()
     stages._compile(transformer, lambda: torch.zeros(()), stage)
     assert "blocks are not compiled (RuntimeError: no compiler here)" in capsys.readouterr().out
@@ -229,7 +288,7 @@ def test_blocks_that_do_not_compile_run_as_they_are(
 
 def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path) -> None:
     _fit(tmp_path, 2)
-    stage = Stage("line", {"line": _Line()}, tmp_path, Schedule(0.1), "a line")
+    stage = Stage("line", {"line": _Line()}, tmp_path, Schedule(0.1), "a line", ALONE)
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
         return _weight(stage).sum() * math.nan, torch.tensor(math.nan)
@@ -241,15 +300,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_checkpoint_kept(tmp_path: Path
 
 def test_a_few_steps_lower_the_losses(trained: Path, tmp_path: Path) -> None:
     small = Sizes(side=16, frames=5, latent_channels=4, encoder_width=8, decoder_width=8)
-    first = stages.train_vae(small, tmp_path, CPU, Budget(0, 3), batch=2, rate=1e-6)
+    first = stages.train_vae(small, tmp_path, ALONE, Budget(0, 3), batch=2, rate=1e-6)
     (tmp_path / "vae.pt").unlink()
-    assert stages.train_vae(small, tmp_path, CPU, Budget(0, 50), batch=2, rate=3e-3) < 0.8 * first
+    assert stages.train_vae(small, tmp_path, ALONE, Budget(0, 50), batch=2, rate=3e-3) < 0.8 * first
     for name in ("vae.pt", "latents.pt"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).symlink_to(trained / name)
-    start = stages.train_transformer("joint", MICRO, tmp_path, CPU, Budget(0, 3), batch=4, rate=1e-6)
+    start = stages.train_transformer("joint", MICRO, tmp_path, ALONE, Budget(0, 3), batch=4, rate=1e-6)
     (tmp_path / "joint.pt").unlink()
-    later = stages.train_transformer("joint", MICRO, tmp_path, CPU, Budget(0, 60), batch=4, rate=3e-3)
+    later = stages.train_transformer("joint", MICRO, tmp_path, ALONE, Budget(0, 60), batch=4, rate=3e-3)
     assert later < 0.8 * start
 
 

@@ -1,4 +1,4 @@
-"""`python -m launch.mini train|sample|export|check`: docs/mini.md says in which order."""
+"""`python -m launch.mini train|sample|export|check`: docs/mini.md says in which order. torchrun trains on several GPUs."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from launch.mini.export import assemble, export
 from launch.mini.samples import GUIDANCE, STEPS, held_out_scenes, make_videos, save_strips
 from launch.mini.sizes import SIZES, Sizes
 from launch.mini.training import Budget
+from sp_sparse.generate.ranks import start_ranks
 
 _MODEL = Path(__file__).with_name("model")
 _USER_ERRORS = (ValueError, OSError, FloatingPointError)
-# Clips a step and learning rate.
+# Compiling on one rank keeps the others waiting.
+_TIMEOUT_S = 600.0
+# Clips a step and rank, and learning rate.
 _DEFAULTS = {"vae": (16, 1e-3), "joint": (48, 6e-4), "high": (48, 3e-4), "low": (48, 3e-4)}
 
 
@@ -36,18 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _train(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
+def _train(arguments: argparse.Namespace, sizes: Sizes, _: torch.device) -> None:
     budget = Budget(arguments.seconds, arguments.steps)
     name = arguments.stage
-    if name == "latents":
-        stages.make_latents(sizes, arguments.folder, device, budget, arguments.clips)
-        return
-    batch, rate = _DEFAULTS[name]
-    batch, rate = arguments.batch or batch, arguments.rate or rate
-    if name == "vae":
-        stages.train_vae(sizes, arguments.folder, device, budget, batch, rate, arguments.start)
-    else:
-        stages.train_transformer(name, sizes, arguments.folder, device, budget, batch, rate, arguments.start)
+    with start_ranks("auto", _TIMEOUT_S) as ranks:
+        if name == "latents":
+            stages.make_latents(sizes, arguments.folder, ranks, budget, arguments.clips)
+            return
+        batch, rate = _DEFAULTS[name]
+        batch, rate = arguments.batch or batch, arguments.rate or rate
+        if name == "vae":
+            stages.train_vae(sizes, arguments.folder, ranks, budget, batch, rate, arguments.start)
+        else:
+            stages.train_transformer(name, sizes, arguments.folder, ranks, budget, batch, rate, arguments.start)
 
 
 def _sample(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
@@ -100,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--folder", type=Path, required=True, help="of the checkpoints and the log")
     train.add_argument("--seconds", type=float, default=60.0)
     train.add_argument("--steps", type=int, help="instead of seconds")
-    train.add_argument("--batch", type=int, help="clips a step")
+    train.add_argument("--batch", type=int, help="clips a step and rank")
     train.add_argument("--rate", type=float, help="highest learning rate")
     train.add_argument("--clips", type=int, default=16384, help="of the stage latents")
     train.add_argument(

@@ -1,20 +1,37 @@
 #!/usr/bin/env bash
-# Trains mini on one GPU in three commands of at most nine minutes each: bash launch/mini/lease.sh 1|2|3 RESULTS
+# Trains mini in three commands of at most nine minutes each on one GPU: bash launch/mini/lease.sh 1|2|3 RESULTS
 #
 #   1  VAE, latents, the first part of joint     2  the rest of joint     3  both experts, check of 100 captions
 #
 # Checkpoints stay in $WORK (outputs/mini), and every part goes on from them; run 2 again for a longer joint stage. Each part
 # ends with an export and leaves in RESULTS at most 8 files below 16 MiB: the model as model.tar.aa, .ab (put together with
 # `cat model.tar.* | tar x`), the log and pictures. Where the checkpoints were lost, START=FOLDER of such a model goes on from it.
+# GPUS (default 1) train together, each with its own clips; with several the two experts are trained at the same time.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 part=${1:?give the part: 1, 2 or 3} results=${2:?give the folder for the results}
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
-work=${WORK:-outputs/mini} size=${SIZE:-mini}
+work=${WORK:-outputs/mini} size=${SIZE:-mini} gpus=${GPUS:-1} python=${PYTHON:-python3}
 mkdir -p "$work" "$results"
 
-mini() { local command=$1; shift; "${PYTHON:-python3}" -m launch.mini "$command" --size "$size" "$@"; }
-train() { local stage=$1 seconds=$2; shift 2; mini train --folder "$work" --stage "$stage" --seconds "$seconds" "$@"; }
+mini() { local command=$1; shift; "$python" -m launch.mini "$command" --size "$size" "$@"; }
+train() {
+    local stage=$1 seconds=$2
+    shift 2
+    "$python" -m torch.distributed.run --standalone --nproc-per-node "$gpus" -m launch.mini train --size "$size" \
+        --folder "$work" --stage "$stage" --seconds "$seconds" "$@"
+}
+experts() {
+    if ((gpus == 1)); then
+        train high "${HIGH_S:-90}"
+        train low "${LOW_S:-110}"
+        return
+    fi
+    CUDA_VISIBLE_DEVICES=0 gpus=1 train high "${HIGH_S:-90}" &
+    local high=$!
+    CUDA_VISIBLE_DEVICES=1 gpus=1 train low "${LOW_S:-110}"
+    wait "$high"
+}
 latents() { train latents "${LATENTS_S:-80}" --clips "${CLIPS:-16384}"; }
 pictures() { mini sample --folder "$work" --out "$work/$1" "${@:2}" || echo "no $1"; }
 
@@ -55,8 +72,7 @@ case $part in
     ;;
 3)
     restore
-    train high "${HIGH_S:-90}"
-    train low "${LOW_S:-110}"
+    experts
     mini export --folder "$work" --model "$work/model"
     mini check --model "$work/model" --out "$work" --count "${COUNT:-100}"
     ;;

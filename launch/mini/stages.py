@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from launch.mini import autoencoder
@@ -29,6 +30,7 @@ from launch.mini.parts import (
 from launch.mini.scenes import Scene, sample_scene
 from launch.mini.sizes import Sizes
 from launch.mini.training import Budget, Log, Schedule, Stage, averaged
+from sp_sparse.generate.ranks import Ranks
 
 STAGES = ("vae", "latents", "joint", "high", "low")
 EXPERTS = {"high": (BOUNDARY, 1.0), "low": (0.0, BOUNDARY)}
@@ -45,15 +47,16 @@ def training_scene(seed: str) -> Scene:
 
 
 def train_vae(
-    sizes: Sizes, folder: Path, device: torch.device, budget: Budget, batch: int, rate: float, start: Path | None = None
+    sizes: Sizes, folder: Path, ranks: Ranks, budget: Budget, batch: int, rate: float, start: Path | None = None
 ) -> float:
-    """Train the VAE on windows of clips. Returns the mean absolute error of a pixel in -1 to 1."""
+    """Train the VAE on windows of clips, `batch` a rank. Returns the mean absolute error of a pixel in -1 to 1."""
     torch.manual_seed(0)
     vae = make_vae(sizes) if start is None else _component(start, "vae")
-    stage = Stage("vae", {"vae": vae.float().to(device)}, folder, Schedule(rate, decay=0.5), of="clips")
+    device = ranks.device
+    stage = Stage("vae", {"vae": vae.float().to(device)}, folder, Schedule(rate, decay=0.5), "clips", ranks)
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
-        scenes = [training_scene(f"vae {step} {row}") for row in range(batch)]
+        scenes = [training_scene(f"vae {step} {ranks.rank * batch + row}") for row in range(batch)]
         frames = min(_VAE_FRAMES, sizes.frames)
         first = random.Random(f"window {step}").randint(0, sizes.frames - frames)
         video = render(scenes, sizes.frames, sizes.side, device, slice(first, first + frames))
@@ -64,29 +67,35 @@ def train_vae(
 
 
 @torch.no_grad()
-def make_latents(sizes: Sizes, folder: Path, device: torch.device, budget: Budget, clips: int) -> int:
-    """Encode clips, as many as asked for or as the budget allows, into `latents.pt`. Returns how many."""
+def make_latents(sizes: Sizes, folder: Path, ranks: Ranks, budget: Budget, clips: int) -> int:
+    """Encode clips, as many as asked for or as the budget allows, into `latents.pt`. Returns how many.
+
+    Ranks take turns of `_ENCODED` clips; the first one gets all of them and writes.
+    """
+    device = ranks.device
     vae, step = trained_vae(sizes, folder, device)
-    tokenizer = make_tokenizer()
     parts: list[Tensor] = []
-    captions: list[str] = []
     start = time.perf_counter()
-    for _ in budget.steps_from(start):
-        done = len(parts) * _ENCODED
+    for _ in budget.steps_from(start, ranks):
+        done = len(parts) * ranks.world * _ENCODED
         if done >= clips:
             break
-        scenes = [training_scene(f"clip {row}") for row in range(done, done + _ENCODED)]
+        first = done + ranks.rank * _ENCODED
+        scenes = [training_scene(f"clip {row}") for row in range(first, first + _ENCODED)]
         video = render(scenes, sizes.frames, sizes.side, device)
         with _half(device):
             parts.append(autoencoder.encode(vae, video)[0].half().cpu())
-        for row, scene in enumerate(scenes, start=done):
-            rng = random.Random(f"caption {row}")
-            captions += [caption_of(scene, rng) for _ in range(_PHRASINGS)]
     if not parts:
         raise ValueError(f"no clip was encoded in {budget}; give this stage more --seconds")
-    latents = torch.cat(parts)
+    latents = _all_in_turns(torch.stack(parts), ranks)
+    if not ranks.first:
+        return len(latents)
     sample = latents[: 64 * _ENCODED].float()
-    ids, mask = tokenize(tokenizer, captions)
+    captions: list[str] = []
+    for row in range(len(latents)):
+        rng, scene = random.Random(f"caption {row}"), training_scene(f"clip {row}")
+        captions += [caption_of(scene, rng) for _ in range(_PHRASINGS)]
+    ids, mask = tokenize(make_tokenizer(), captions)
     width = int(mask.sum(1).max())
     torch.save(
         {
@@ -99,8 +108,17 @@ def make_latents(sizes: Sizes, folder: Path, device: torch.device, budget: Budge
         },
         folder / "latents.pt",
     )
-    Log(folder).write(stage="latents", clips=len(latents), seconds=time.perf_counter() - start, vae_step=step)
+    Log(folder, ranks).write(stage="latents", clips=len(latents), seconds=time.perf_counter() - start, vae_step=step)
     return len(latents)
+
+
+def _all_in_turns(parts: Tensor, ranks: Ranks) -> Tensor:
+    """The first rank's `[turns, clips, …]` and those of the others, turn by turn: `[clips of all, …]`. Others: their own."""
+    if ranks.world == 1:
+        return parts.flatten(0, 1)
+    everyone = [torch.empty_like(parts) for _ in range(ranks.world)] if ranks.first else None
+    dist.gather(parts, everyone)
+    return parts.flatten(0, 1) if everyone is None else torch.stack(everyone, 1).flatten(0, 2)
 
 
 def trained_vae(sizes: Sizes, folder: Path, device: torch.device) -> tuple[Any, int]:
@@ -122,7 +140,7 @@ def reconstructions(sizes: Sizes, folder: Path, device: torch.device, count: int
     scenes = [sample_scene(random.Random(f"held out {row}"), held_out=True) for row in range(count)]
     video = render(scenes, sizes.frames, sizes.side, device)
     seen = autoencoder.decode(vae, autoencoder.encode(vae, video)[0]).clamp(-1, 1)
-    Log(folder).write(stage="vae", held_out_psnr=autoencoder.sharpness(video, seen).mean().item())
+    Log(folder, Ranks(0, 1, device)).write(stage="vae", held_out_psnr=autoencoder.sharpness(video, seen).mean().item())
     return (torch.stack([video, seen], 1).flatten(0, 1).transpose(1, 2) + 1) / 2
 
 
@@ -166,7 +184,7 @@ def train_transformer(
     name: str,
     sizes: Sizes,
     folder: Path,
-    device: torch.device,
+    ranks: Ranks,
     budget: Budget,
     batch: int,
     rate: float,
@@ -174,8 +192,9 @@ def train_transformer(
 ) -> float:
     """Train by flow matching: `joint` the text encoder and a transformer for all noise, `high` or `low` an expert from it.
 
-    Returns the mean squared error of the velocity.
+    `batch` clips a rank. Returns the mean squared error of the velocity.
     """
+    device = ranks.device
     data = Latents(sizes, folder, device)
     torch.manual_seed(0)
     transformer, text_encoder = make_transformer(sizes), make_text_encoder(sizes)
@@ -193,7 +212,7 @@ def train_transformer(
     if name == "joint":
         modules["text_encoder"] = text_encoder
     schedule = Schedule(rate, decay=0.0 if name == "joint" else 1.0)
-    stage = Stage(name, modules, folder, schedule, of)
+    stage = Stage(name, modules, folder, schedule, of, ranks)
     text_encoder.requires_grad_(name == "joint")
     low, high = EXPERTS.get(name, (0.0, 1.0))
 

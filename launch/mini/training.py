@@ -1,4 +1,4 @@
-"""What every stage shares: its budget, averaged weights, checkpoints that go on where they stopped, the log."""
+"""What every stage shares: its budget, gradients over the ranks, averaged weights, checkpoints to go on from, the log."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from sp_sparse.generate.ranks import Ranks
 
 _LOG_EVERY = 50
 _SAVE_SECONDS = 120.0
@@ -41,10 +44,10 @@ class Budget:
     seconds: float
     steps: int | None = None
 
-    def steps_from(self, start: float) -> Iterator[float]:
-        """The share done, before each step, until the budget is spent."""
+    def steps_from(self, start: float, ranks: Ranks) -> Iterator[float]:
+        """The share done, before each step, until the budget is spent: on all ranks by the first one's clock."""
         done = 0
-        while (share := self._share(start, done)) < 1:
+        while (share := _of_first(self._share(start, done), ranks)) < 1:
             yield share
             done += 1
 
@@ -55,13 +58,15 @@ class Budget:
 
 
 class Log:
-    """JSON lines in `log.jsonl` of a folder, and the same for people on the screen."""
+    """JSON lines in `log.jsonl` of a folder, and the same for people on the screen; the first rank's alone."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, ranks: Ranks) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._file = folder / "log.jsonl"
+        self._file, self._first = folder / "log.jsonl", ranks.first
 
     def write(self, **values: Any) -> None:
+        if not self._first:
+            return
         rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in values.items()}
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(rounded) + "\n")
@@ -71,17 +76,22 @@ class Log:
 class Stage:
     """Trains `modules` together; everything that goes on is in the checkpoint `<name>.pt` of the folder.
 
+    Every rank has the same weights and draws its own noise; gradients are averaged. Give modules that are alike on all ranks.
+
     Raises:
         ValueError: a checkpoint that was made `of` something else, such as latents of another VAE.
     """
 
-    def __init__(self, name: str, modules: Mapping[str, nn.Module], folder: Path, schedule: Schedule, of: str) -> None:
+    def __init__(
+        self, name: str, modules: Mapping[str, nn.Module], folder: Path, schedule: Schedule, of: str, ranks: Ranks
+    ) -> None:
         self.name, self.step = name, 0
         self.modules = nn.ModuleDict(modules)
         self.device = next(self.modules.parameters()).device
-        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.generator = torch.Generator(self.device).manual_seed(ranks.rank)
         self._file = folder / f"{name}.pt"
-        self._log = Log(folder)
+        self._ranks = ranks
+        self._log = Log(folder, ranks)
         self._schedule, self._of = schedule, of
         self._optimizer = torch.optim.AdamW(
             self.modules.parameters(), lr=schedule.rate, betas=(0.9, 0.98), weight_decay=0.01,
@@ -100,11 +110,16 @@ class Stage:
         self.modules.load_state_dict(found["weights"])
         self._optimizer.load_state_dict(found["optimizer"])
         self._ema, self.step = found["ema"], found["step"]
-        self.generator.set_state(found["generator"].cpu())
-        print(f"{self.name}: goes on from step {self.step}", flush=True)
+        if self._ranks.first:
+            self.generator.set_state(found["generator"].cpu())
+        else:  # the checkpoint holds the first rank's alone
+            self.generator.manual_seed(self.step * self._ranks.world + self._ranks.rank)
+        self._ranks.say(f"{self.name}: goes on from step {self.step}")
 
     def save(self) -> None:
-        """Write the checkpoint; a call that is killed meanwhile leaves the one before."""
+        """Write the checkpoint, on the first rank; a call that is killed meanwhile leaves the one before."""
+        if not self._ranks.first:
+            return
         half = self._file.with_suffix(".tmp")
         state = {
             "of": self._of, "step": self.step, "weights": self.modules.state_dict(), "ema": self._ema,
@@ -114,18 +129,19 @@ class Stage:
         os.replace(half, self._file)
 
     def run(self, loss_of: Callable[[int], tuple[Tensor, Tensor]], budget: Budget) -> float:
-        """Train; `loss_of(step)` gives what is minimised and what is logged. The mean of the last logged values.
+        """Train; `loss_of(step)` gives what is minimised and what is logged. The mean of this rank's last logged values.
 
         Raises:
             FloatingPointError: the loss is no longer finite; the last checkpoint is from before.
         """
         self._log.write(stage=self.name, step=self.step, budget=asdict(budget), schedule=asdict(self._schedule),
-                        device=device_name(self.device), torch=torch.__version__, of=self._of)  # fmt: skip
+                        device=device_name(self.device), ranks=self._ranks.world, torch=torch.__version__,
+                        of=self._of)  # fmt: skip
         self.modules.train()
         start = saved = marked = time.perf_counter()
         recent: list[Tensor] = []
         mean, first = math.nan, self.step
-        for share in budget.steps_from(start):
+        for share in budget.steps_from(start, self._ranks):
             loss, shown = loss_of(self.step)
             self._update(loss, share)
             recent.append(shown.detach())
@@ -146,6 +162,7 @@ class Stage:
             group["lr"] = self._schedule.at(self.step, share)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self._average_gradients()
         nn.utils.clip_grad_norm_(self.modules.parameters(), _CLIP)
         self._optimizer.step()
         keep = min(_EMA, (self.step + 1) / (self.step + 10))
@@ -153,6 +170,14 @@ class Stage:
         with torch.no_grad():
             torch._foreach_lerp_(list(self._ema.values()), [now[key] for key in self._ema], 1 - keep)
         self.step += 1
+
+    def _average_gradients(self) -> None:
+        for group in self._ranks.groups:
+            gradients = [p.grad for p in self.modules.parameters() if p.grad is not None]
+            flat = torch.cat([gradient.flatten() for gradient in gradients]) / self._ranks.world
+            dist.all_reduce(flat, group=group)
+            parts = flat.split([gradient.numel() for gradient in gradients])
+            torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
 
     def _report(self, recent: list[Tensor], marked: float, start: float) -> tuple[float, float]:
         mean = torch.stack(recent).float().mean().item()
@@ -165,6 +190,13 @@ class Stage:
         self._log.write(stage=self.name, step=self.step, seconds=now - start, loss=mean,
                         steps_per_s=len(recent) / (now - marked))  # fmt: skip
         return mean, now
+
+
+def _of_first(value: float, ranks: Ranks) -> float:
+    shared = torch.tensor([value], dtype=torch.float64, device="cpu")
+    for group in ranks.groups:
+        dist.broadcast(shared, 0, group=group)
+    return shared.item()
 
 
 def averaged(file: Path, device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Tensor]], int]:

@@ -59,6 +59,9 @@ class FidelityArguments:
     )
     noise_floor: bool = option(True, "render dense attention by another kernel too: true or false", _switch)
     masks: bool = option(True, "look at the masks of the first prompt, in a run of their own: true or false", _switch)
+    report_only: bool = option(
+        False, "write the report of what is in the folder, and render nothing: true or false", _switch
+    )
     batch: int = option(1, "videos made together, as the memory allows", int, at_least=1, at_most=1000)
     shown: int = option(2, "prompts whose videos the page shows, each at seed 0", int, at_least=0, at_most=1000)
     caption_check: str | None = option(

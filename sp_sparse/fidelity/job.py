@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any, TypeVar
@@ -45,8 +46,12 @@ def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
         0.
     """
     ranks.check_same(arguments)
-    base, model, caption_check = ranks.together(lambda: _check(arguments, ranks))
     store = ResultStore(arguments.folder)
+    if arguments.report_only:
+        prompts = _prompts(arguments.base())
+        on_first(ranks, lambda: _report(arguments, store, prompts))
+        return 0
+    base, model, caption_check = ranks.together(lambda: _check(arguments, ranks))
     work = on_first(ranks, lambda: _open(arguments, base, model, store, ranks))
     if work.missing or work.looks:
         pipe = ranks.together(lambda: load_pipeline(base, model, ranks.device))
@@ -55,9 +60,21 @@ def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
         progress = Progress(ranks, work.total, work.total - len(work.missing) - len(work.looks))
         measurement = Measurement(arguments, ranks, store, renderer, mesh, progress, caption_check)
         measurement.run(work)
-    on_first(ranks, lambda: store.write(report_files(store, arguments, work.prompts)))
-    ranks.say(f"report: {arguments.folder / 'index.html'}")
+    on_first(ranks, lambda: _report(arguments, store, work.prompts))
     return 0
+
+
+def _report(arguments: FidelityArguments, store: ResultStore, prompts: tuple[str, ...]) -> None:
+    if not store.lines():
+        raise ValueError(
+            f"--output {arguments.folder} has no measured video to report; measure some, without --report-only"
+        )
+    store.write(report_files(store, arguments, prompts))
+    print(f"report: {arguments.folder / 'index.html'}", file=sys.stderr, flush=True)
+
+
+def _prompts(base: GenerateArguments) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(video.arguments.prompt for video in wanted_videos(base)))
 
 
 def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
@@ -92,7 +109,7 @@ def _open(
     """Begin or go on with the folder, and see what is missing."""
     # A batch of another size rounds otherwise, by which long trajectories part.
     store.open({**_shared_by_all(base, model, ranks), "batch": arguments.batch})
-    prompts = tuple(dict.fromkeys(video.arguments.prompt for video in wanted_videos(base)))
+    prompts = _prompts(base)
     kinds = (DENSE, FLOOR) if arguments.noise_floor else (DENSE,)
     settings = arguments.settings
     items = [
