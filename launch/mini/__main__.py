@@ -23,7 +23,7 @@ _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 # Compiling on one rank keeps the others waiting.
 _TIMEOUT_S = 600.0
 # Clips a step and rank, and learning rate.
-_DEFAULTS = {"vae": (16, 1e-3), "joint": (48, 6e-4), "high": (48, 3e-4), "low": (48, 3e-4)}
+_DEFAULTS = {"vae": (16, 1e-3), "decoder": (8, 5e-4), "joint": (48, 6e-4), "high": (48, 3e-4), "low": (48, 3e-4)}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +48,9 @@ def _train(arguments: argparse.Namespace, sizes: Sizes, _: torch.device) -> None
             return
         batch, rate = _DEFAULTS[name]
         batch, rate = arguments.batch or batch, arguments.rate or rate
-        if name == "vae":
+        if name == "decoder":
+            stages.train_decoder(sizes, arguments.folder, ranks, budget, batch, rate)
+        elif name == "vae":
             stages.train_vae(sizes, arguments.folder, ranks, budget, batch, rate, arguments.start)
         else:
             stages.train_transformer(name, sizes, arguments.folder, ranks, budget, batch, rate, arguments.start)

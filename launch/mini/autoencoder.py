@@ -44,11 +44,17 @@ def loss_of(vae: Any, video: Tensor, generator: torch.Generator) -> tuple[Tensor
     mean, log_variance = mean.float(), log_variance.float()
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
     seen = decode(vae, mean + torch.exp(0.5 * log_variance) * noise).float()
+    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
+    difference, error = difference_of(seen, video)
+    return difference + _KL * divergence, error
+
+
+def difference_of(seen: Tensor, video: Tensor) -> tuple[Tensor, Tensor]:
+    """How far two videos lie apart, as it is minimised, and the mean absolute error of a pixel in -1 to 1."""
     difference = seen - video
     error = difference.abs().mean()
     edges = sum(difference.diff(dim=axis).abs().mean() for axis in (2, 3, 4))
-    divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).mean()
-    return error + _SQUARES * difference.square().mean() + _EDGES * edges + _KL * divergence, error
+    return error + _SQUARES * difference.square().mean() + _EDGES * edges, error
 
 
 def _shrink_block(block: Any, x: Tensor) -> Tensor:

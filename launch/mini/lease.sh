@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains mini in three commands of at most nine minutes each on one GPU: bash launch/mini/lease.sh 1|2|3 RESULTS
 #
-#   1  VAE, latents, the first part of joint     2  the rest of joint     3  both experts, check of 100 captions
+#   1  VAE and its decoder, latents, the first part of joint     2  the rest of joint     3  both experts, check of 100 captions
 #
 # Checkpoints stay in $WORK (outputs/mini), and every part goes on from them; run 2 again for a longer joint stage. Each part
 # ends with an export and leaves in RESULTS at most 8 files below 16 MiB: the model as model.tar.aa, .ab (put together with
@@ -58,7 +58,8 @@ case $part in
 1)
     rm -f "$work"/check.*
     if [[ ! -f $work/joint.pt ]]; then
-        train vae "${VAE_S:-240}" ${START:+--start "$START"}
+        train vae "${VAE_S:-180}" ${START:+--start "$START"}
+        train decoder "${DECODER_S:-60}"
         pictures vae.png
         latents
     fi

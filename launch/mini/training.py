@@ -76,7 +76,7 @@ class Log:
 class Stage:
     """Trains `modules` together; everything that goes on is in the checkpoint `<name>.pt` of the folder.
 
-    Every rank has the same weights and draws its own noise; gradients are averaged. Give modules that are alike on all ranks.
+    Every rank has the same weights and draws its own noise; gradients are averaged. Give modules alike on all ranks.
 
     Raises:
         ValueError: a checkpoint that was made `of` something else, such as latents of another VAE.
@@ -199,15 +199,22 @@ def _of_first(value: float, ranks: Ranks) -> float:
     return shared.item()
 
 
-def averaged(file: Path, device: torch.device | str = "cpu") -> tuple[dict[str, dict[str, Tensor]], int]:
+def averaged(
+    file: Path, device: torch.device | str = "cpu", of: str | None = None
+) -> tuple[dict[str, dict[str, Tensor]], int]:
     """The averaged weights of each module of a checkpoint, and its step.
 
     Raises:
         FileNotFoundError: with the stage to run.
+        ValueError: a checkpoint that was not made `of` this.
     """
     if not file.exists():
         raise FileNotFoundError(f"{file} is not there; run --stage {file.stem} first")
     found = torch.load(file, map_location=device, weights_only=True)
+    if of is not None and found["of"] != of:
+        raise ValueError(
+            f"{file} was trained on {found['of']}, and this is {of}; run --stage {file.stem} again, without it"
+        )
     weights: dict[str, dict[str, Tensor]] = {}
     for key, value in found["ema"].items():
         module, _, rest = key.partition(".")
