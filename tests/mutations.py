@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     Mutation(
         "another diffusers is found after loading",
-        "generate/job.py",
+        "generate/checks.py",
         "    if arguments.vae_tiling:\n        check_tiling()\n",
         "",
         "decode",

@@ -15,17 +15,9 @@ from sp_sparse.fidelity.render import Renderer
 from sp_sparse.fidelity.report import report_files
 from sp_sparse.fidelity.store import DENSE, FLOOR, SPARSE, Item, ResultStore
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.attach import build_mesh, check_names, check_ranks
-from sp_sparse.generate.lora import check_lora
-from sp_sparse.generate.models import (
-    WanModel,
-    check_image,
-    check_second_expert,
-    check_video,
-    fill_defaults,
-    find_model,
-    load_pipeline,
-)
+from sp_sparse.generate.attach import build_mesh, check_names
+from sp_sparse.generate.checks import checked_model, checked_video
+from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.ranks import Ranks
 
@@ -69,16 +61,11 @@ def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
 def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArguments, WanModel, CaptionCheck | None]:
     """Refuse what can be refused before weights are read; the arguments with the model's own values for what is open."""
     base = arguments.base()
-    check_ranks(base, ranks)
     for setting in arguments.settings:
         check_names(setting.config(arguments.sparse_attn_backend))
     caption_check = None if arguments.caption_check is None else load_caption_check(arguments.caption_check)
-    model = find_model(base, ranks.device)
-    check_image(base, model)
-    check_second_expert(base, model)
-    check_lora(base)
-    base = fill_defaults(base, model)
-    check_video(base, model)
+    model = checked_model(base, ranks)
+    base = checked_video(base, model)
     steps = base.num_inference_steps
     assert steps is not None  # filled
     if max(arguments.dense_steps) >= steps:
