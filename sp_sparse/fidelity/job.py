@@ -28,6 +28,8 @@ _SHARED = (
     *("model", "layers", "lora", "lora_2", "negative_prompt", "image", "height", "width", "num_frames", "fps"),
     *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
 )
+# Likewise, but kept only where they are given: folders that know nothing of these flags are gone on with.
+_SHARED_IF_GIVEN = ("lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling")
 
 
 def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
@@ -111,6 +113,7 @@ def _leads(setting: Any, arguments: FidelityArguments) -> bool:
 def _shared_by_all(base: GenerateArguments, model: WanModel, ranks: Ranks) -> dict[str, Any]:
     values = asdict(base)
     dtype = str(model.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype
-    shared = {name: values[name] for name in _SHARED} | {"dtype": dtype, "device": ranks.device.type}
+    names = (*_SHARED, *(name for name in _SHARED_IF_GIVEN if values[name]))
+    shared = {name: values[name] for name in names} | {"dtype": dtype, "device": ranks.device.type}
     read_back: dict[str, Any] = json.loads(json.dumps(shared))
     return read_back
