@@ -47,7 +47,9 @@ def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
         renderer = Renderer.of(pipe, base, ranks.device, work.prompts, model.takes_image)
         mesh = ranks.together(lambda: build_mesh(base))
         progress = Progress(ranks, work.total, work.total - len(work.missing) - len(work.looks))
-        measurement = Measurement(arguments, ranks, store, renderer, mesh, progress, caption_check)
+        measurement = ranks.together(
+            lambda: Measurement(arguments, ranks, store, renderer, mesh, progress, caption_check)
+        )
         measurement.run(work)
     on_first(ranks, lambda: store.write(report_files(store, arguments, work.prompts)))
     ranks.say(f"report: {arguments.folder / 'index.html'}")
