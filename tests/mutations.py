@@ -179,8 +179,8 @@ MUTATIONS = (
     Mutation(
         "a second guidance beside guidance that is off",
         "generate/fits.py",
-        "scale is not None and scale <= 1",
-        "scale is not None and scale < 1",
+        "    if scale is not None and scale <= 1:",
+        "    if scale is not None and scale < 1:",
         "settings",
     ),
     Mutation(
@@ -284,7 +284,7 @@ MUTATIONS = (
     Mutation(
         "only the last LoRA weights count",
         "generate/lora.py",
-        "set_adapters(adapters, [1.0] * len(adapters))",
+        "set_adapters(adapters, list(scales * len(adapters))[: len(adapters)])",
         "set_adapters(adapters[-1:], [1.0])",
         "settings",
     ),
@@ -312,7 +312,7 @@ MUTATIONS = (
     Mutation(
         "sparse flags without a backend",
         "generate/arguments.py",
-        'if names and FLAG_PREFIX + "backend" not in names:',
+        'if names and not {f"{FLAG_PREFIX}backend", f"{FLAG_PREFIX}preset"} & set(names):',
         "if False:",
         "settings",
     ),
@@ -1275,7 +1275,7 @@ MUTATIONS = (
     Mutation(
         "the noise floor by the same kernel",
         "fidelity/measurement.py",
-        "if item.kind == FLOOR else nullcontext()",
+        "if items[0].kind == FLOOR else nullcontext()",
         "if False else nullcontext()",
         "fidelity",
     ),
@@ -1311,8 +1311,8 @@ MUTATIONS = (
     Mutation(
         "a step is no exchange",
         "serve/runner.py",
-        "            self._agree(observer.command())\n\n        encoded",
-        "\n        encoded",
+        "            self._agree(observer.command())\n\n        def on_part",
+        "\n        def on_part",
         "serving/ranks",
     ),
     Mutation(
