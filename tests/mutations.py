@@ -104,7 +104,7 @@ MUTATIONS = (
     ),
     Mutation(
         "another diffusers is found after loading",
-        "generate/job.py",
+        "generate/checks.py",
         "    if arguments.vae_tiling:\n        check_tiling()\n",
         "",
         "decode",
@@ -179,8 +179,8 @@ MUTATIONS = (
     Mutation(
         "a second guidance beside guidance that is off",
         "generate/fits.py",
-        "scale is not None and scale <= 1",
-        "scale is not None and scale < 1",
+        "    if scale is not None and scale <= 1:",
+        "    if scale is not None and scale < 1:",
         "settings",
     ),
     Mutation(
@@ -284,7 +284,7 @@ MUTATIONS = (
     Mutation(
         "only the last LoRA weights count",
         "generate/lora.py",
-        "set_adapters(adapters, [1.0] * len(adapters))",
+        "set_adapters(adapters, list(scales * len(adapters))[: len(adapters)])",
         "set_adapters(adapters[-1:], [1.0])",
         "settings",
     ),
@@ -312,7 +312,7 @@ MUTATIONS = (
     Mutation(
         "sparse flags without a backend",
         "generate/arguments.py",
-        'if names and FLAG_PREFIX + "backend" not in names:',
+        'if names and not {f"{FLAG_PREFIX}backend", f"{FLAG_PREFIX}preset"} & set(names):',
         "if False:",
         "settings",
     ),
@@ -1195,6 +1195,77 @@ MUTATIONS = (
         "fidelity_statistics",
     ),
     Mutation(
+        "LPIPS takes what is from 0 to 1 for what is from -1 to 1",
+        "fidelity/metrics.py",
+        "normalize=True",
+        "normalize=False",
+        "fidelity_lpips",
+    ),
+    Mutation(
+        "LPIPS is left out though its weights are there",
+        "fidelity/metrics.py",
+        'self._metrics["lpips"] =',
+        "_ =",
+        "fidelity_lpips",
+    ),
+    Mutation(
+        "LPIPS of videos that are too small for it",
+        "fidelity/metrics.py",
+        "if side < _LPIPS_SIDE:",
+        "if side < _LPIPS_SIDE - 1:",
+        "fidelity_lpips",
+    ),
+    Mutation(
+        "broken weights of LPIPS end one rank alone",
+        "fidelity/job.py",
+        "measurement = ranks.together(",
+        "measurement = (lambda action: action())(",
+        "fidelity_lpips",
+    ),
+    Mutation(
+        "fidelity loads LoRA weights at weight 1 whatever their scale",
+        "generate/lora.py",
+        "scales = getattr(arguments, scale_name) or (1.0,)",
+        "scales = (1.0,)",
+        "fidelity",
+    ),
+    Mutation(
+        "videos with another boundary of the experts go into one folder",
+        "fidelity/job.py",
+        "*(name for name in _SHARED_IF_GIVEN if values[name])",
+        "",
+        "fidelity",
+    ),
+    # What a command tells
+    Mutation(
+        "what one rank cannot import stays on it",
+        "generate/console.py",
+        "ranks.together(load)(ranks)",
+        "load()(ranks)",
+        "console",
+    ),
+    Mutation(
+        "what cannot be imported is a fault of ours",
+        "generate/ranks.py",
+        ", OSError, ImportError)",
+        ", OSError)",
+        "console",
+    ),
+    Mutation(
+        "a rank that only repeats the first one speaks",
+        "generate/console.py",
+        "                if refused.speaks:\n",
+        "                if True:\n",
+        "console",
+    ),
+    Mutation(
+        "a fault of ours is not shown",
+        "generate/console.py",
+        "        traceback.print_exc()\n        return 1\n",
+        "        return 1\n",
+        "console",
+    ),
+    Mutation(
         "a video's figures hold those of the videos before",
         "fidelity/metrics.py",
         "            metric.reset()",
@@ -1204,7 +1275,7 @@ MUTATIONS = (
     Mutation(
         "the noise floor by the same kernel",
         "fidelity/measurement.py",
-        "if item.kind == FLOOR else nullcontext()",
+        "if items[0].kind == FLOOR else nullcontext()",
         "if False else nullcontext()",
         "fidelity",
     ),
@@ -1240,8 +1311,8 @@ MUTATIONS = (
     Mutation(
         "a step is no exchange",
         "serve/runner.py",
-        "            self._agree(observer.command())\n\n        encoded",
-        "\n        encoded",
+        "            self._agree(observer.command())\n\n        def on_part",
+        "\n        def on_part",
         "serving/ranks",
     ),
     Mutation(

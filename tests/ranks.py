@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -42,6 +43,9 @@ def _rank_main(
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=timeout_s)
     )
-    function(rank, *arguments)
+    try:
+        function(rank, *arguments)
+    except pytest.fail.Exception as failed:  # "DID NOT RAISE" and the like; torch passes on what is an Exception alone
+        raise AssertionError(str(failed)) from failed
     dist.barrier()  # a rank that leaves early breaks those still talking to it
     dist.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 from unittest import mock
 
@@ -15,6 +16,7 @@ pytest.importorskip("diffusers")
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.integrations.diffusers import enable_sparse_attention
+from sp_sparse.integrations.diffusers.agree import ForwardAgreement
 from sp_sparse.integrations.diffusers.position import SchedulerSteps
 from sp_sparse.parallel.agreement import meet_on_host
 from sp_sparse.parallel.collectives import all_from_first
@@ -86,6 +88,30 @@ def test_collectives_of_a_step(degrees: tuple[int, int, int]) -> None:
 
 def test_collectives_of_a_step_of_image_to_video() -> None:
     run_ranks(2, _check_steps, "i2v", (2, 1, 1), STEPS[2, 1, 1])
+
+
+def _check_new_on_one_rank(rank: int) -> None:
+    """Nothing is broadcast here, so that a rank that would stay behind is seen rather than waited for."""
+    agree = ForwardAgreement(SequenceParallelMesh(2), keeps_latents=False)
+    given = inputs(tiny_transformer())
+    sent: list[int] = []
+
+    def counting(tensors: Sequence[Tensor], groups: object) -> list[Tensor]:
+        sent.append(len(tensors))
+        return [x.clone() for x in tensors]
+
+    with mock.patch("sp_sparse.integrations.diffusers.agree.all_from_first", counting):
+        agree({}, None, (), given)
+        agree({}, None, (), given)
+        if rank == 1:
+            given["encoder_hidden_states"] = given["encoder_hidden_states"].clone()
+        agree({}, None, (), given)
+    # Latents and timestep, then texts.
+    assert sent == [2, 1, 0, 0, 0, 1]
+
+
+def test_what_is_new_on_one_rank_is_sent_by_all() -> None:
+    run_ranks(2, _check_new_on_one_rank)
 
 
 def _check_changed(rank: int) -> None:

@@ -14,12 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from sp_sparse.fidelity import job
 from sp_sparse.fidelity.__main__ import main
-from sp_sparse.fidelity.arguments import parse_arguments
+from sp_sparse.fidelity.arguments import FidelityArguments, parse_arguments
 from sp_sparse.fidelity.plan import Setting
 from sp_sparse.fidelity.store import Item, ResultStore
+from sp_sparse.flags import options_of
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.random_models import tiny_text_to_video
 from tests.processes import process_of_rank, wait_for
 from tests.ranks import run_ranks
 
@@ -351,6 +355,53 @@ def test_another_size_does_not_go_into_the_same_folder(tmp_path: Path, capsys: p
     assert "model 'tiny' there, 'tiny-ti2v' now" in told
 
 
+def _lora(folder: Path) -> str:
+    from diffusers import WanPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(0)
+    transformer = tiny_text_to_video(torch.float32).transformer
+    transformer.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    WanPipeline.save_lora_weights(folder / "lora", transformer_lora_layers=get_peft_model_state_dict(transformer))
+    return str(folder / "lora")
+
+
+@pytest.mark.parametrize("what", ["lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling"])
+def test_what_all_videos_share_is_made_so(tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str) -> None:
+    plain, given = {
+        "lora_scale": (["--lora", "LORA"], ["--lora-scale", "0.1"]),
+        "lora_scale_2": (["--lora-2", "LORA"], ["--lora-scale-2", "0.1"]),
+        "boundary_ratio": ([], ["--boundary-ratio", "0.1"]),
+        # Larger than a tile.
+        "vae_tiling": (["--height=272", "--width=288", "--num-frames=1"], ["--vae-tiling"]),
+    }[what]
+    if "LORA" in plain:
+        plain = [plain[0], _lora(tmp_path)]
+    more = ["--densities", "0.5", "--masks", "false", "--noise-floor", "false", *plain]
+    dense = []
+    for name, flags in (("plain", more), ("given", [*more, *given])):
+        assert main(_flags(tmp_path, *flags, name=name)) == 0
+        dense.append(ResultStore(tmp_path / name).frames(Item("dense", PROMPTS[0], 0)))
+    first, second = dense
+    assert first is not None
+    assert second is not None
+    assert (first != second).any()
+    told = _error(capsys, *_flags(tmp_path, *more, *given, name="plain"))
+    assert f"{what} None there, " in told
+    assert "there, None now" in _error(capsys, *_flags(tmp_path, *more, name="given"))
+
+
+def test_every_flag_of_generate_is_taken_or_is_about_one_video() -> None:
+    own = {flag.name for flag in options_of(GenerateArguments)}
+    taken = {flag.name for flag in options_of(FidelityArguments)}
+    # What is listed instead, what is written, and what judges or times one job.
+    instead = {"prompt", "prompt_file", "videos_per_prompt", "seed", "sparse_attn_preset"}
+    written = {"output_latents", "output_frames", "report"}
+    of_a_job = {"compile", "verify", "verify_tolerance", "repeat"}
+    assert own - taken == instead | written | of_a_job
+
+
 def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "fidelity.jsonl").write_text("{}\n")
@@ -378,6 +429,12 @@ def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
         (["--sparse-attn-backend", "none"], "leaves attention dense, which is rendered anyhow; use auto"),
         (["--ring-degree", "2"], "2 ranks are asked for, but 1 run"),
         (["--num-frames", "12"], "frames are 4n + 1; use 9 or 13"),
+        (["--lora-scale", "0.5"], "--lora-scale weighs --lora, which is not given"),
+        (["--boundary-ratio", "1"], "leaves the first expert no step"),
+        (
+            ["--boundary-ratio", "0.5", "--model", "tiny-ti2v"],
+            "is for a second expert, which tiny-ti2v has not; leave --boundary-ratio out",
+        ),
     ],
 )
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], expected: str) -> None:

@@ -88,7 +88,7 @@ def _video(seed: int, frames: int = 9) -> Any:
 
 def test_psnr_by_hand_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     one, other = _video(0), _video(1)
-    metrics = VideoMetrics(torch.device("cpu"))
+    metrics = VideoMetrics(torch.device("cpu"), 24)
     whole = metrics.compare(one, other)
     error = np.square((one.astype(float) - other.astype(float)) / 255).mean()
     assert whole["psnr"] == pytest.approx(-10 * math.log10(error), abs=1e-4)
@@ -98,7 +98,7 @@ def test_psnr_by_hand_and_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_equal_videos() -> None:
-    found = VideoMetrics(torch.device("cpu")).compare(_video(0), _video(0))
+    found = VideoMetrics(torch.device("cpu"), 24).compare(_video(0), _video(0))
     assert (found["psnr"], found["ssim"]) == (None, pytest.approx(1.0))
 
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,7 +19,9 @@ pytest.importorskip("diffusers")
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.integrations.diffusers import enable_sparse_attention
+from sp_sparse.integrations.diffusers.cfg import GuidanceHalves
 from sp_sparse.parallel.agreement import RefusedError
+from sp_sparse.parallel.failures import Standing
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.tiny_wan import run, tiny_pipeline, tiny_transformer
@@ -25,6 +30,8 @@ CONFIG = SparseAttentionConfig(
     backend="reference", topk=0.4, schedule="constant", block_size=(16, 16), token_order="hilbert"
 )
 SOON_S = 15.0
+# Ranks that wait in vain give up before the test's own time is over, so that it tells which of its steps failed.
+TIMEOUT_S = 20.0
 
 _cache: dict[tuple[str, str], Tensor] = {}
 
@@ -70,9 +77,13 @@ def _single(family: str, change: str = "plain") -> Tensor:
     return _cache[family, change]
 
 
+def _mesh(ulysses: int = 1) -> SequenceParallelMesh:
+    return SequenceParallelMesh(ulysses, cfg_degree=2, timeout=timedelta(seconds=TIMEOUT_S))
+
+
 def _sparse(family: str = "t2v", ulysses: int = 1) -> Any:
     pipe = tiny_pipeline(family)
-    enable_sparse_attention(pipe, CONFIG, SequenceParallelMesh(ulysses, cfg_degree=2))
+    enable_sparse_attention(pipe, CONFIG, _mesh(ulysses))
     return pipe
 
 
@@ -278,6 +289,20 @@ def test_halves_need_the_pipeline_to_know_guidance() -> None:
     run_ranks(2, _check_bare)
 
 
+def test_a_call_within_ours_ends_no_step_of_its_own() -> None:
+    """As where another library's wrapper stands between two of ours, both of which then ask for the branch."""
+    pipe, standing, x = SimpleNamespace(do_classifier_free_guidance=False), Standing(), torch.ones(1, 2, 3, 4, 4)
+    halves = GuidanceHalves(SequenceParallelMesh(), pipe, standing)
+
+    def inner() -> Tensor:
+        return halves.branch("cond", lambda: 2 * x, x, 2)
+
+    with mock.patch.object(standing, "meet", wraps=standing.meet) as meet:
+        with halves.watching(lambda name, **_: nullcontext(), lambda: None)("cond", step_index=1):
+            assert torch.equal(halves.branch("cond", inner, x, 2), 2 * x)
+        assert meet.call_count == 1
+
+
 def _check_hooks(rank: int, order: str) -> None:
     """accelerate's hooks come and go, as enable_model_cpu_offload places them anew after every video."""
     from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
@@ -303,7 +328,7 @@ def _check_hooks(rank: int, order: str) -> None:
                 remove_hook_from_module(model)
             hooked = False
         elif step == "enable":
-            handle = enable_sparse_attention(pipe, CONFIG, SequenceParallelMesh(cfg_degree=2))
+            handle = enable_sparse_attention(pipe, CONFIG, _mesh())
         elif step == "remove":
             assert handle is not None
             handle.remove()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
@@ -15,9 +16,8 @@ from launch.benchmarks.arguments import (
     TransformerArguments,
     parse_arguments,
 )
-from sp_sparse.generate.console import be_quiet, refuse_arguments, tell
-from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment, start_ranks
-from sp_sparse.parallel.agreement import RefusedError
+from sp_sparse.generate.console import be_quiet, refuse_arguments, run_on_ranks
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,21 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: RunArguments) -> int:
     be_quiet(rank_from_environment() == 0)
-    try:
-        with start_ranks(arguments.device, arguments.timeout_s) as ranks, torch.no_grad():
-            try:
-                return _measure(arguments, ranks)
-            except RefusedError as refused:
-                if refused.speaks:
-                    tell(str(refused))
-                return 2
-    except KeyboardInterrupt:
-        return 130
-    except USER_ERRORS as error:
-        tell(str(error))
-        return 2
+    return run_on_ranks(lambda: partial(_measure, arguments), arguments.device, arguments.timeout_s)
 
 
+@torch.no_grad()
 def _measure(arguments: RunArguments, ranks: Ranks) -> int:
     from launch.benchmarks.session import Session
 

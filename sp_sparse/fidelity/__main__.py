@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from sp_sparse.fidelity.arguments import parse_arguments
 from sp_sparse.generate.__main__ import PACKAGES as GENERATE_PACKAGES
-from sp_sparse.generate.console import be_quiet, refuse_arguments, report_error, require_packages, tell
-from sp_sparse.generate.ranks import USER_ERRORS, leave, rank_from_environment, start_ranks
-from sp_sparse.parallel.agreement import RefusedError
+from sp_sparse.generate.console import INTERRUPTED, be_quiet, refuse_arguments, require_packages, run_on_ranks, tell
+from sp_sparse.generate.ranks import Ranks, leave, rank_from_environment
 
 PACKAGES = (*GENERATE_PACKAGES, "torchmetrics", "matplotlib")
 
@@ -18,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Measure.
 
     Returns:
-        0; 1 if another rank stopped; 2 for an error of the user's; 130 if it was interrupted.
+        As `run_on_ranks`.
     """
     try:
         arguments = parse_arguments(argv)
@@ -27,26 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         return refuse_arguments(error)
     first = rank_from_environment() == 0
     be_quiet(first)
-    logging.getLogger("sp_sparse").setLevel(
-        logging.WARNING
-    )  # the kernel stands in every line, and is chosen every time
-    try:
-        from sp_sparse.fidelity.job import measure  # here, for diffusers reads the environment when it is imported
+    # The kernel stands in every line, and is chosen every time.
+    logging.getLogger("sp_sparse").setLevel(logging.WARNING)
 
-        with start_ranks(arguments.device, arguments.timeout_s) as ranks:
-            try:
-                return measure(arguments, ranks)
-            except RefusedError as refused:
-                # Leaving the block waits for all ranks: torchrun stops those that have not spoken when one has left.
-                if refused.speaks:
-                    report_error(refused, arguments.timeout_s, arguments.debug)
-                return 2
-    except KeyboardInterrupt:
-        if first:
-            tell("interrupted; the same command goes on after the last video that was measured")
-        return 130
-    except USER_ERRORS as error:
-        return report_error(error, arguments.timeout_s, arguments.debug)
+    def load() -> Callable[[Ranks], int]:
+        from sp_sparse.fidelity.job import measure
+
+        return partial(measure, arguments)
+
+    status = run_on_ranks(load, arguments.device, arguments.timeout_s, arguments.debug)
+    if status == INTERRUPTED and first:
+        tell("interrupted; the same command goes on after the last video that was measured")
+    return status
 
 
 if __name__ == "__main__":

@@ -16,17 +16,9 @@ from sp_sparse.fidelity.render import Renderer
 from sp_sparse.fidelity.report import report_files
 from sp_sparse.fidelity.store import DENSE, FLOOR, SPARSE, Item, ResultStore
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.attach import build_mesh, check_names, check_ranks
-from sp_sparse.generate.lora import check_lora
-from sp_sparse.generate.models import (
-    WanModel,
-    check_image,
-    check_second_expert,
-    check_video,
-    fill_defaults,
-    find_model,
-    load_pipeline,
-)
+from sp_sparse.generate.attach import build_mesh, check_names
+from sp_sparse.generate.checks import checked_model, checked_video
+from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.ranks import Ranks
 
@@ -37,6 +29,8 @@ _SHARED = (
     *("model", "layers", "lora", "lora_2", "negative_prompt", "image", "height", "width", "num_frames", "fps"),
     *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
 )
+# Likewise, but kept only where they are given: folders that know nothing of these flags are gone on with.
+_SHARED_IF_GIVEN = ("lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling")
 
 
 def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
@@ -58,7 +52,9 @@ def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
         renderer = Renderer.of(pipe, base, ranks.device, work.prompts, model.takes_image)
         mesh = ranks.together(lambda: build_mesh(base))
         progress = Progress(ranks, work.total, work.total - len(work.missing) - len(work.looks))
-        measurement = Measurement(arguments, ranks, store, renderer, mesh, progress, caption_check)
+        measurement = ranks.together(
+            lambda: Measurement(arguments, ranks, store, renderer, mesh, progress, caption_check)
+        )
         measurement.run(work)
     on_first(ranks, lambda: _report(arguments, store, work.prompts))
     return 0
@@ -86,16 +82,11 @@ def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
 def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArguments, WanModel, CaptionCheck | None]:
     """Refuse what can be refused before weights are read; the arguments with the model's own values for what is open."""
     base = arguments.base()
-    check_ranks(base, ranks)
     for setting in arguments.settings:
         check_names(setting.config(arguments.sparse_attn_backend))
     caption_check = None if arguments.caption_check is None else load_caption_check(arguments.caption_check)
-    model = find_model(base, ranks.device)
-    check_image(base, model)
-    check_second_expert(base, model)
-    check_lora(base)
-    base = fill_defaults(base, model)
-    check_video(base, model)
+    model = checked_model(base, ranks)
+    base = checked_video(base, model)
     steps = base.num_inference_steps
     assert steps is not None  # filled
     if max(arguments.dense_steps) >= steps:
@@ -141,6 +132,7 @@ def _leads(setting: Any, arguments: FidelityArguments) -> bool:
 def _shared_by_all(base: GenerateArguments, model: WanModel, ranks: Ranks) -> dict[str, Any]:
     values = asdict(base)
     dtype = str(model.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype
-    shared = {name: values[name] for name in _SHARED} | {"dtype": dtype, "device": ranks.device.type}
+    names = (*_SHARED, *(name for name in _SHARED_IF_GIVEN if values[name]))
+    shared = {name: values[name] for name in names} | {"dtype": dtype, "device": ranks.device.type}
     read_back: dict[str, Any] = json.loads(json.dumps(shared))
     return read_back

@@ -71,7 +71,8 @@ class Measurement:
     ) -> None:
         self._arguments, self._ranks, self._store, self._renderer = arguments, ranks, store, renderer
         self._mesh, self._progress, self._caption_check = mesh, progress, caption_check
-        self._metrics = VideoMetrics(ranks.device) if ranks.first else None
+        sides = renderer.arguments.height, renderer.arguments.width
+        self._metrics = VideoMetrics(ranks.device, min(side for side in sides if side)) if ranks.first else None
         # Of the dense videos that a round over the ranks makes, which are the next ones to be compared with.
         self._references: Recent[Item, Frames] = Recent(ranks.world * arguments.batch)
         self._shown: tuple[str, ...] = ()

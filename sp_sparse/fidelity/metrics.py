@@ -19,12 +19,23 @@ CaptionCheck = Callable[[Tensor, str], float]
 # Pixels of a video that are looked at together: SSIM holds about twenty tensors of this size in float32.
 _BUDGET = 1 << 21
 
+# What AlexNet's two poolings leave nothing of is smaller.
+_LPIPS_SIDE = 31
+
 
 class VideoMetrics:
     """Compares videos of 8 bits a channel, which are what a file holds."""
 
-    def __init__(self, device: torch.device) -> None:
-        """`device`: where to compute."""
+    def __init__(self, device: torch.device, side: int) -> None:
+        """LPIPS is left out where it cannot be computed; `without_lpips` then tells why.
+
+        Args:
+            device: where to compute.
+            side: pixels of the shorter side of the videos.
+
+        Raises:
+            ValueError: LPIPS's weights are there and cannot be read.
+        """
         from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
         self._device = device
@@ -34,12 +45,9 @@ class VideoMetrics:
             "psnr": PeakSignalNoiseRatio(data_range=1.0, **alone).to(device),
             "ssim": StructuralSimilarityIndexMeasure(data_range=1.0, **alone).to(device),
         }
-        self.without_lpips = _missing_for_lpips()
+        self.without_lpips = _missing_for_lpips(side)
         if self.without_lpips is None:
-            from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
-
-            lpips = LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True, **alone)
-            self._metrics["lpips"] = lpips.to(device)
+            self._metrics["lpips"] = _lpips(alone).to(device)
 
     @torch.no_grad()
     def compare(self, frames: Frames, reference: Frames) -> dict[str, float | None]:
@@ -107,11 +115,30 @@ def check_caption(check: CaptionCheck | None, frames: Frames, prompt: str, devic
     return share
 
 
-def _missing_for_lpips() -> str | None:
+def _missing_for_lpips(side: int) -> str | None:
     """Why LPIPS cannot be computed here without a download, or None."""
+    if side < _LPIPS_SIDE:
+        return f"a side of {side} pixels is below the {_LPIPS_SIDE} that AlexNet needs"
     if find_spec("torchvision") is None:
         return "torchvision is not installed"
+    return None if _lpips_weights().is_file() else f"AlexNet's weights are not at {_lpips_weights()}"
+
+
+def _lpips_weights() -> Path:
+    """Where torchvision keeps what LPIPS compares features of."""
     from torchvision.models import AlexNet_Weights
 
-    file = Path(torch.hub.get_dir(), "checkpoints", Path(AlexNet_Weights.DEFAULT.url).name)
-    return None if file.is_file() else f"AlexNet's weights are not at {file}"
+    return Path(torch.hub.get_dir(), "checkpoints", Path(AlexNet_Weights.DEFAULT.url).name)
+
+
+def _lpips(how: dict[str, Any]) -> Any:
+    from torchmetrics.image.lpip import LearnedPerceptualImagePatchSimilarity
+
+    try:
+        return LearnedPerceptualImagePatchSimilarity(net_type="alex", normalize=True, **how)
+    except Exception as error:  # whatever torch.load has to say of a broken file
+        told = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"AlexNet's weights at {_lpips_weights()} cannot be read ({told}); remove the file to leave LPIPS out, or put a "
+            "whole one there"
+        ) from error

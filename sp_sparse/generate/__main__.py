@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from sp_sparse.generate.arguments import parse_arguments
-from sp_sparse.generate.console import be_quiet, refuse_arguments, report_error, require_packages
-from sp_sparse.generate.ranks import USER_ERRORS, leave, rank_from_environment, start_ranks
-from sp_sparse.parallel.agreement import RefusedError
+from sp_sparse.generate.console import be_quiet, refuse_arguments, require_packages, run_on_ranks
+from sp_sparse.generate.ranks import Ranks, leave, rank_from_environment
 
 PACKAGES = ("diffusers", "transformers", "accelerate", "ftfy", "imageio", "imageio_ffmpeg", "tqdm", "PIL")
 
@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Generate videos.
 
     Returns:
-        0; 1 if `--verify` failed or another rank stopped; 2 for an error of the user's.
+        0; 1 if `--verify` failed; else as `run_on_ranks`.
     """
     try:
         arguments = parse_arguments(argv)
@@ -24,21 +24,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse_arguments(error)
     be_quiet(rank_from_environment() == 0)
-    try:
-        from sp_sparse.generate.job import generate  # here, for diffusers reads the environment when it is imported
 
-        with start_ranks(arguments.device, arguments.timeout_s) as ranks:
-            try:
-                return generate(arguments, ranks)
-            except RefusedError as refused:
-                # Leaving the block waits for all ranks: torchrun stops those that have not spoken when one has left.
-                if refused.speaks:
-                    report_error(refused, arguments.timeout_s, arguments.debug)
-                return 2
-    except KeyboardInterrupt:
-        return 130
-    except USER_ERRORS as error:
-        return report_error(error, arguments.timeout_s, arguments.debug)
+    def load() -> Callable[[Ranks], int]:
+        from sp_sparse.generate.job import generate
+
+        return partial(generate, arguments)
+
+    return run_on_ranks(load, arguments.device, arguments.timeout_s, arguments.debug)
 
 
 if __name__ == "__main__":

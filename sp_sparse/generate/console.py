@@ -1,4 +1,4 @@
-"""What a command tells its user: errors on one line, the rest on rank 0 only."""
+"""A command on its ranks, and what it tells its user: errors on one line, the rest on rank 0 only."""
 
 from __future__ import annotations
 
@@ -8,13 +8,53 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
-from sp_sparse.generate.ranks import rank_from_environment
-from sp_sparse.parallel.agreement import is_lost_rank
+from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment, start_ranks
+from sp_sparse.parallel.agreement import RefusedError, is_lost_rank
+
+# The exit status of a command that ^C ended, as shells have it.
+INTERRUPTED = 130
 
 _PATIENCE_S = 5.0
+
+
+def run_on_ranks(
+    load: Callable[[], Callable[[Ranks], int]],
+    device: str,
+    timeout_s: float,
+    debug: bool = False,
+    on_stop: Callable[[], None] | None = None,
+) -> int:
+    """Start the ranks, do a job on them, and tell what goes wrong.
+
+    Args:
+        load: gives the job, of which the exit status comes back. It imports what is slow or may be missing: only then, since
+            some packages read the environment at their import; where it fails on one rank, all of them hear of it.
+        device, timeout_s, on_stop: as `start_ranks` takes them.
+        debug: show the traceback of an error.
+
+    Returns:
+        The exit status: the job's; 1 if a rank was lost, or for an error of ours, with its traceback; 2 for an error of the
+        user's; `INTERRUPTED`.
+    """
+    try:
+        with start_ranks(device, timeout_s, on_stop) as ranks:
+            try:
+                return ranks.together(load)(ranks)
+            except RefusedError as refused:
+                # Leaving the block waits for all ranks: torchrun stops those that have not spoken when one has left.
+                if refused.speaks:
+                    report_error(refused, timeout_s, debug)
+                return 2
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except USER_ERRORS as error:
+        return report_error(error, timeout_s, debug)
+    except Exception:
+        traceback.print_exc()
+        return 1
 
 
 def tell(text: str) -> None:

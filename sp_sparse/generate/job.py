@@ -7,23 +7,14 @@ from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
+from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
+from sp_sparse.generate.checks import checked_model, checked_video
 from sp_sparse.generate.files import check_writable
-from sp_sparse.generate.lora import check_lora
-from sp_sparse.generate.models import (
-    WanModel,
-    check_image,
-    check_second_expert,
-    check_video,
-    fill_defaults,
-    find_model,
-    load_pipeline,
-)
+from sp_sparse.generate.models import WanModel, fill_defaults, load_pipeline
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
 from sp_sparse.generate.stages import Stages
-from sp_sparse.generate.tiles import check_tiling
 from sp_sparse.generate.verify import verify
 from sp_sparse.generate.video import VideoMaker, encode_prompts, first_frame
 from sp_sparse.integrations.diffusers import SparseWan
@@ -83,13 +74,8 @@ def _check(
     Returns:
         The arguments and those of each video, with the model's own values for what is open, and the model.
     """
-    check_ranks(arguments, ranks)
     wanted = wanted_videos(arguments)
-    model = find_model(wanted[0].arguments, ranks.device)
-    check_second_expert(arguments, model)
-    check_lora(arguments)
-    if arguments.vae_tiling:
-        check_tiling()
+    model = checked_model(wanted[0].arguments, ranks)
     _check_images(wanted, model)
     filled = tuple(_filled(video, model) for video in wanted)
     if ranks.first:
@@ -111,12 +97,9 @@ def _check_images(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:
 
 def _filled(video: WantedVideo, model: WanModel) -> GenerateArguments:
     try:
-        check_image(video.arguments, model)
-        filled = fill_defaults(video.arguments, model)
-        check_video(filled, model)
+        return checked_video(video.arguments, model)
     except ValueError as error:
         raise video.error(error) from error
-    return filled
 
 
 def _prepare(

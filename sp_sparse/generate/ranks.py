@@ -21,7 +21,7 @@ from sp_sparse.parallel.agreement import check_all_same, every_value, together
 
 T = TypeVar("T")
 
-USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
+USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from sp_sparse.generate.__main__ import PACKAGES as GENERATE_PACKAGES
-from sp_sparse.generate.console import be_quiet, refuse_arguments, require_packages
-from sp_sparse.generate.ranks import leave, rank_from_environment
+from sp_sparse.generate.console import be_quiet, refuse_arguments, require_packages, run_on_ranks
+from sp_sparse.generate.ranks import Ranks, leave, rank_from_environment
 from sp_sparse.serve.arguments import parse_serve_arguments
+from sp_sparse.serve.stop import Stop
 
 PACKAGES = (*GENERATE_PACKAGES, "fastapi", "uvicorn", "pydantic", "python_multipart", "prometheus_client", "httpx")
 
@@ -16,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Serve until SIGTERM.
 
     Returns:
-        0 when drained; 1 if a rank was lost or the server failed; 2 for an error of the user's.
+        0 when drained; else as `run_on_ranks`.
     """
     try:
         arguments = parse_serve_arguments(argv)
@@ -24,9 +26,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return refuse_arguments(error)
     be_quiet(rank_from_environment() == 0)
-    from sp_sparse.serve.command import serve  # here, for it needs the packages, and some read the environment
+    stop = Stop(arguments.drain_s)
 
-    return serve(arguments)
+    def load() -> Callable[[Ranks], int]:
+        from sp_sparse.serve.command import serve
+
+        return partial(serve, arguments, stop)
+
+    return run_on_ranks(load, arguments.device, arguments.timeout_s, arguments.debug, stop.ask)
 
 
 if __name__ == "__main__":

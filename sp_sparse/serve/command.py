@@ -1,20 +1,13 @@
-"""The server on every rank, from its arguments to its end: what rank 0 has, and how all of them stop."""
+"""The server on every rank, from its arguments to its end, and what rank 0 alone has."""
 
 from __future__ import annotations
 
 import logging
-import os
-import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from sp_sparse.generate.console import report_error
-from sp_sparse.generate.ranks import USER_ERRORS, Ranks, rank_from_environment, start_ranks
-from sp_sparse.parallel.agreement import RefusedError
+from sp_sparse.generate.ranks import Ranks
 from sp_sparse.serve.api import create_app
 from sp_sparse.serve.arguments import ServeArguments
 from sp_sparse.serve.control import Control
@@ -22,72 +15,26 @@ from sp_sparse.serve.engine import Engine, follow
 from sp_sparse.serve.metrics import Metrics
 from sp_sparse.serve.runner import Bounds, JobRunner
 from sp_sparse.serve.service import Service
+from sp_sparse.serve.stop import Stop
 from sp_sparse.serve.store import JobStore
+from sp_sparse.serve.wan import WanBackend
 from sp_sparse.serve.watchdog import Watchdog
 from sp_sparse.serve.web import WebServer, check_uvicorn, listen
-
-if TYPE_CHECKING:
-    from sp_sparse.serve.wan import WanBackend
 
 _HOUSEKEEPING_S = 30.0
 
 # After a failure, the other ranks hear of it within this and the step they are in, or never.
 _FAULT_S = 30.0
 
-# Beyond the time that a running job has after SIGTERM.
-_GRACE_S = 5.0
-
 log = logging.getLogger("sp_sparse.serve")
 
 
-def serve(arguments: ServeArguments) -> int:
-    """Serve until SIGTERM; returns the exit status of `main`."""
-    stop = _Stop(arguments.drain_s)
-    try:
-        with start_ranks(arguments.device, arguments.timeout_s, stop.ask) as ranks:
-            try:
-                _serve(arguments, ranks, stop)
-            except RefusedError as refused:
-                if refused.speaks:
-                    report_error(refused, arguments.timeout_s, arguments.debug)
-                return 2
-    except USER_ERRORS as error:
-        return report_error(error, arguments.timeout_s, arguments.debug)
-    except Exception:
-        traceback.print_exc()
-        return 1
-    return 0
+def serve(arguments: ServeArguments, stop: Stop, ranks: Ranks) -> int:
+    """Serve until `stop` has drained it; every rank calls it with the same arguments.
 
-
-class _Stop:
-    """What SIGTERM and SIGINT do: drain, within bounds. Before there is anything to drain, the process ends."""
-
-    def __init__(self, drain_s: float) -> None:
-        self.drain: Callable[[float], None] | None = None
-        self._drain_s = drain_s
-        self._asked = False
-
-    def ask(self) -> None:
-        """Only the first time counts: torchrun and a terminal both send the signal on."""
-        if self._asked:
-            return
-        self._asked = True
-        if self.drain is None:
-            self._end()
-        else:
-            self.drain(self._drain_s)
-            timer = threading.Timer(self._drain_s + _GRACE_S, self._end)
-            timer.daemon = True
-            timer.start()
-
-    def _end(self) -> None:
-        print(f"rank {rank_from_environment()}: error: stopped by a signal", file=sys.stderr, flush=True)
-        os._exit(1)
-
-
-def _serve(arguments: ServeArguments, ranks: Ranks, stop: _Stop) -> None:
-    from sp_sparse.serve.wan import WanBackend  # here, for diffusers reads the environment when it is imported
-
+    Returns:
+        0.
+    """
     ranks.check_same(arguments, but=("api_key",))
     backend = ranks.together(lambda: WanBackend(arguments, ranks))
     control = Control.of_all_ranks(ranks.rank, ranks.world, arguments.timeout_s)
@@ -103,6 +50,7 @@ def _serve(arguments: ServeArguments, ranks: Ranks, stop: _Stop) -> None:
     else:
         stop.drain = lambda seconds: None  # rank 0 tells when it is over
         follow(control, runner, watchdog, bounds)
+    return 0
 
 
 class _FirstRank:
@@ -142,7 +90,7 @@ class _FirstRank:
         if any(found.values()):
             log.info("left by the last server: %s", ", ".join(f"{count} {what}" for what, count in found.items()))
 
-    def run(self, stop: _Stop) -> None:
+    def run(self, stop: Stop) -> None:
         stop.drain = self._engine.drain
         threading.Thread(target=self._keep_house, name="housekeeping", daemon=True).start()
         if self._arguments.warmup_steps:

@@ -17,23 +17,20 @@ from torch import Tensor
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
+from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
+from sp_sparse.generate.checks import checked_model
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import save_video
-from sp_sparse.generate.lora import check_lora
 from sp_sparse.generate.models import (
     WanModel,
-    check_second_expert,
     check_video,
     fill_defaults,
-    find_model,
     fresh_scheduler,
     load_pipeline,
 )
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
-from sp_sparse.generate.tiles import check_tiling
 from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt, first_frame
 from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.serve.arguments import ServeArguments
@@ -69,12 +66,7 @@ class WanBackend:
             ValueError: degrees that do not fit the ranks, or no such model.
         """
         self._base, self._ranks, self._offload = arguments.base(), ranks, arguments.offload_text_encoder
-        check_ranks(self._base, ranks)
-        self._model = find_model(self._base, ranks.device)
-        check_second_expert(self._base, self._model)
-        check_lora(self._base)
-        if self._base.vae_tiling:
-            check_tiling()
+        self._model = checked_model(self._base, ranks)
         check_video(fill_defaults(self._base, self._model), self._model)
         self._card = _card(arguments, self._model)
         self._recorder = AttentionRecorder()

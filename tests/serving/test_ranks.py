@@ -41,13 +41,13 @@ class _StopAt(Observer):
     """Stops the job when so many parts are done."""
 
     def __init__(self, part: int, command: int) -> None:
-        self._left, self._command = part, command
+        self.left, self._command = part, command
 
     def part(self) -> None:
-        self._left -= 1
+        self.left -= 1
 
     def command(self) -> int:
-        return GO_ON if self._left > 0 else self._command
+        return GO_ON if self.left > 0 else self._command
 
 
 def _outcome(run: Callable[[], Any]) -> str:
@@ -77,6 +77,13 @@ def _rank_runs(rank: int, world: int, folder: str, prompts: list[str], stops: li
         seen.append(_outcome(partial(runner.run, _job("a cat"), target, observer)))
     seen.append(f"recovered {backend.recovered}")
     Path(folder, f"rank_{rank}").write_text(json.dumps(seen))
+
+
+def test_a_job_is_stopped_at_a_step(tmp_path: Path) -> None:
+    runner = JobRunner(FakeBackend(), Control(0, 1, None), Watchdog(), BOUNDS)
+    observer = _StopAt(2, CANCEL)
+    assert _outcome(partial(runner.run, _job("a cat"), tmp_path / "video.mp4", observer)) == f"stopped {CANCEL}"
+    assert observer.left == 0, "steps were made that nobody wants"
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
