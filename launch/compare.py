@@ -1,7 +1,8 @@
-"""Compare jobs that should have made the same video: `compare.py [--tolerance X] reference.json other.json …`.
+"""Compare jobs: `compare.py [--tolerance X | --side-by-side VIDEO.mp4] reference.json other.json …`.
 
 Reads the reports of `generate` with the latents and frames that they name (`--output-latents`, `--output-frames`), prints a
-table, and exits with 1 if they differ by more than the tolerance.
+table, and exits with 1 if they differ by more than the tolerance. With --side-by-side nothing is judged: the first videos of
+the jobs are put beside one another, from left to right, in one file.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ from typing import Any
 
 import torch
 
+from sp_sparse.generate.files import save_video
+
+_GAP = 16  # white pixels between videos, of which codecs want multiples of 16
 _COLUMNS = ("mesh", "ranks", "kernel", "density", "max |latents|", "max |frames|", "s/step")
 
 
@@ -23,9 +27,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Print the table; 1 if a job differs from the first."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tolerance", type=float, default=1e-4, help="largest absolute difference")
+    parser.add_argument("--side-by-side", type=Path, help=".mp4 to write the videos into, instead of comparing them")
     parser.add_argument("reports", nargs="+", type=Path)
     arguments = parser.parse_args(argv)
     jobs = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.reports]
+    if arguments.side_by_side is not None:
+        _put_side_by_side(jobs, arguments.side_by_side)
+        return 0
     differences = [_differences(job, jobs[0]) for job in jobs]
     _print_table([_row(job, *apart) for job, apart in zip(jobs, differences, strict=True)])
     far = [_mesh(job) for job, apart in zip(jobs, differences, strict=True) if max(apart) > arguments.tolerance]
@@ -34,6 +42,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     print(f"all equal to {_mesh(jobs[0])} within {arguments.tolerance:g}")
     return 0
+
+
+def _put_side_by_side(jobs: Sequence[dict[str, Any]], path: Path) -> None:
+    firsts = [job["videos"][0] for job in jobs]
+    frames = [torch.load(video["output_frames"], weights_only=True) for video in firsts]
+    gap = torch.ones_like(frames[0][:, :, :_GAP])
+    row = [part for video in frames for part in (gap, video)][1:]
+    save_video(torch.cat(row, 2), path, firsts[0]["made"]["fps"])
 
 
 def _differences(job: dict[str, Any], reference: dict[str, Any]) -> tuple[float, float]:

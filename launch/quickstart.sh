@@ -44,4 +44,19 @@ done
 
 echo
 .venv/bin/python launch/compare.py --tolerance "$tolerance" "${reports[@]}"
-echo "video: $folder/tiny_u1_r1.mp4"
+
+# mini is small and trained, so its videos show what their caption says. Its dense one is made by one rank.
+caption="A red circle moves to the right over dark blue stripes."
+mini() { # NAME RANKS ARGUMENTS...
+    local name="$folder/mini_$1" ranks="$2"
+    shift 2
+    echo "mini, ${name##*_}: $caption ..."
+    .venv/bin/python -m torch.distributed.run --standalone --nproc-per-node "$ranks" -m sp_sparse.generate \
+        --model mini --prompt "$caption" --output "$name.mp4" --output-frames "${name}_frames.pt" "$@" \
+        >"$name.log" 2>&1 || { cat "$name.log" >&2; exit 1; }
+}
+ranks=$((gpus == 1 ? 1 : 2))
+OMP_NUM_THREADS=2 mini dense 1 --sparse-attn-backend none
+mini sparse "$ranks" --ulysses-degree "$ranks" --sparse-attn-backend auto --sparse-attn-topk 0.3 --sparse-attn-remainder linear
+.venv/bin/python launch/compare.py --side-by-side "$folder/mini.mp4" "$folder/mini_dense.json" "$folder/mini_sparse.json"
+echo "video: $folder/mini.mp4 (dense on the left, sparse on the right)"
