@@ -20,7 +20,7 @@ from sp_sparse.generate.arguments import TINY_MODELS, GenerateArguments, parse_a
 from sp_sparse.generate.models import WanModel, find_model, shift_of, transformers_of
 from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_image_to_video, tiny_text_to_video
 from sp_sparse.generate.ranks import Ranks
-from sp_sparse.generate.video import cropped_share, fill_frame
+from sp_sparse.generate.start import cropped_share, fill_frame
 from sp_sparse.serve.answers import ApiError
 from sp_sparse.serve.arguments import ServeArguments, parse_serve_arguments
 from sp_sparse.serve.limits import Limits

@@ -16,16 +16,9 @@ from sp_sparse.fidelity.report import report_files
 from sp_sparse.fidelity.store import DENSE, FLOOR, SPARSE, Item, ResultStore
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import build_mesh, check_names, check_ranks
+from sp_sparse.generate.checks import check_second_expert, check_start, check_video, fill_defaults
 from sp_sparse.generate.lora import check_lora
-from sp_sparse.generate.models import (
-    WanModel,
-    check_image,
-    check_second_expert,
-    check_video,
-    fill_defaults,
-    find_model,
-    load_pipeline,
-)
+from sp_sparse.generate.models import WanModel, find_model, load_pipeline
 from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.ranks import Ranks
 
@@ -50,7 +43,7 @@ def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
     work = on_first(ranks, lambda: _open(arguments, base, model, store, ranks))
     if work.missing or work.looks:
         pipe = ranks.together(lambda: load_pipeline(base, model, ranks.device))
-        renderer = Renderer.of(pipe, base, ranks.device, work.prompts, model.takes_image)
+        renderer = Renderer.of(pipe, base, ranks.device, work.prompts, model)
         mesh = ranks.together(lambda: build_mesh(base))
         progress = Progress(ranks, work.total, work.total - len(work.missing) - len(work.looks))
         measurement = Measurement(arguments, ranks, store, renderer, mesh, progress, caption_check)
@@ -74,7 +67,7 @@ def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArgument
         check_names(setting.config(arguments.sparse_attn_backend))
     caption_check = None if arguments.caption_check is None else load_caption_check(arguments.caption_check)
     model = find_model(base, ranks.device)
-    check_image(base, model)
+    check_start(base, model)
     check_second_expert(base, model)
     check_lora(base)
     base = fill_defaults(base, model)

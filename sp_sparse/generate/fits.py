@@ -71,6 +71,30 @@ def check_guidance(scale: float | None, scale_2: float | None, experts: int, mod
         )
 
 
+def check_clip_length(path: str, has: int, frames: int, multiple: int) -> None:
+    """Refuse more frames than the video that is given has.
+
+    Raises:
+        ValueError: with the most that fit.
+    """
+    if frames > has:
+        most = (has - 1) // multiple * multiple + 1
+        raise ValueError(f"--num-frames {frames} is above the {has} frames of --video {path}; use {most} or fewer")
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Refuse a strength that leaves no step to run: of all steps, the last ones are run, by this share.
+
+    Raises:
+        ValueError: with the least that leaves one.
+    """
+    if int(steps * strength) < 1:
+        raise ValueError(
+            f"--strength {strength:g} leaves none of --num-inference-steps {steps}; use {1 / steps:.2g} or more, or more "
+            "steps"
+        )
+
+
 def size_for_picture(
     picture: tuple[int, int], height: int | None, width: int | None, pixels: int, multiple: int
 ) -> tuple[int, int]:
