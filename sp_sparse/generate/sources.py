@@ -94,13 +94,11 @@ def _decoding(path: str, at_most: int) -> Iterator[tuple[dict[str, Any], Iterato
 
     reader = imageio_ffmpeg.read_frames(path, output_params=["-frames:v", str(at_most)])
     try:
-        try:
-            facts = next(reader)
-        except (OSError, RuntimeError, StopIteration) as error:
-            told = str(error).strip().splitlines()
-            raise ValueError(
-                f"--video {path} cannot be read ({told[-1] if told else type(error).__name__}); give an mp4, WebM or GIF"
-            ) from error
-        yield facts, reader
+        yield next(reader), reader
+    except (OSError, RuntimeError, StopIteration) as error:
+        told = str(error).strip().splitlines()
+        raise ValueError(
+            f"--video {path} cannot be read ({told[-1] if told else type(error).__name__}); give an mp4, WebM or GIF"
+        ) from error
     finally:
         reader.close()
