@@ -162,6 +162,25 @@ def test_a_video_between_two_images(folders: dict[str, str], pictures: dict[str,
     assert not torch.allclose(without, one, atol=1e-4)
 
 
+def test_a_video_is_controlled(clip: str, pictures: dict[str, str], tmp_path: Path) -> None:
+    Image.fromarray(np.repeat(np.array([[0, 255]], dtype=np.uint8), 2, 0)).resize((64, 64)).save(tmp_path / "mask.png")
+    base = ["--model=tiny-vace", *SMALL, "--num-inference-steps=2"]
+    images = ["--reference-image", pictures["first"], "--reference-image", pictures["other"]]
+    flags = [*base, "--video", clip, "--mask", str(tmp_path / "mask.png"), *images, "--conditioning-scale=0.7"]
+    one = _latents(tmp_path, *flags)
+    assert one.shape[2] == 2, "reference images are no frames of the video"
+    made = _made(tmp_path)
+    assert (made["num_frames"], made["fps"], made["conditioning_scale"]) == (5, 12, 0.7)
+    assert (made["video"]["path"], made["mask"]["width"]) == (clip, 64)
+    assert made["reference_image"] == list(pictures.values())
+    attention = json.loads((tmp_path / "video.json").read_text())["attention"]
+    # Conservative: of two steps and three layers the second step and two layers are sparse, and a control block.
+    assert attention["calls"] == {"dense": 14, "reference": 6}
+    torch.testing.assert_close(_latents(tmp_path, *flags, degree="ring"), one, rtol=1e-4, atol=1e-4)
+    for less in (base, flags[:-1], [*base, "--video", clip], [*base, *images]):
+        assert not torch.allclose(_latents(tmp_path, *less), one, atol=1e-3)
+
+
 def test_each_line_of_a_file_starts_from_its_own(clip: str, pictures: dict[str, str], tmp_path: Path) -> None:
     lines: list[dict[str, Any]] = [
         {"prompt": "a", "video": clip, "strength": 0.5, "num_frames": 9},
@@ -184,7 +203,7 @@ def test_every_model_has_its_authors_defaults(folders: dict[str, str]) -> None:
     found = {
         name: find_model(parse_arguments(["--model", path]), CPU).defaults
         for name, path in folders.items()
-        if name not in ("vace", "animate")
+        if name != "animate"
     }
     assert found == {
         "t2v-a14b": VideoDefaults(480, 832, 81, 16, 40, 4.0),
@@ -192,6 +211,7 @@ def test_every_model_has_its_authors_defaults(folders: dict[str, str]) -> None:
         "ti2v": VideoDefaults(704, 1280, 121, 24, 50, 5.0),
         "t2v": VideoDefaults(480, 832, 81, 16, 50, 5.0),
         "i2v": VideoDefaults(480, 832, 81, 16, 40, 5.0),
+        "vace": VideoDefaults(480, 832, 81, 16, 50, 5.0),
         "flf": VideoDefaults(720, 1280, 81, 16, 50, 5.0),
     }
     assert found["i2v"] == defaults.I2V_2_1
@@ -210,7 +230,6 @@ def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("flags", "text"),
     [
-        (["--model=vace"], r"a WanVACEPipeline, whose inputs have no flags.*enable_sparse_attention\(pipe"),
         (["--model=animate"], r"a WanAnimatePipeline, whose inputs have no flags.*enable_sparse_attention\(pipe"),
         (["--model=flf", "--image=FIRST"], "between two images; give the last frame with --last-image"),
         (["--model=flf"], "makes videos from an image; give its first frame with --image"),
@@ -231,6 +250,25 @@ def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         (["--model=ti2v", "--video=CLIP"], "its VAE shrinks pictures by another factor than 8; use a Wan 2.1"),
         (["--model=i2v", "--video=CLIP"], "makes videos from an image; give its first frame"),
         (["--model=a14b-random", "--video=CLIP"], "two experts, and that loop"),
+        (["--model=vace", "--image=FIRST"], "is VACE; give what it shows with --reference-image"),
+        (
+            ["--model=vace", "--video=CLIP", "--strength=0.5"],
+            "--strength 0.5 is for video-to-video, .*leave --strength",
+        ),
+        (["--model=vace", "--mask=FIRST"], "--mask is for --video, which is not given; give it, or leave --mask out"),
+        (["--model=vace", "--video=CLIP", f"--mask={__file__}"], "--mask .* cannot be read .*; give an mp4"),
+        (
+            ["--model=vace", f"--reference-image=FIRST,{__file__}"],
+            "--reference-image .*py cannot be read .*; give a PNG",
+        ),
+        (["--model=vace", "--reference-image=FIRST", "--num-frames=509"], "--num-frames 509 is above the 505"),
+        (["--model=vace", "--conditioning-scale=11"], "--conditioning-scale 11.0 is above 10"),
+        (
+            ["--model=t2v", "--video=CLIP", "--mask=FIRST"],
+            "--mask is for VACE, which .* is not; leave --mask out, or use",
+        ),
+        (["--model=t2v", "--reference-image=FIRST"], "--reference-image is for VACE, which .* is not; leave"),
+        (["--model=t2v", "--conditioning-scale=1"], "--conditioning-scale is for VACE, which .* is not; leave"),
         (["--model=tiny", "--video=CLIP"], "a Wan 2.1 text-to-video model, such as tiny-2.1, or leave --video out"),
     ],
 )
@@ -282,3 +320,24 @@ def test_the_server_makes_videos_of_wan_2_1(folders: dict[str, str], pictures: d
     torch.testing.assert_close(latents, _latents(tmp_path, flags[0], *own), rtol=0, atol=0)
     with pytest.raises(ValueError, match=r"between two images, and a request has one; .*sp_sparse.generate --image"):
         WanBackend(parse_serve_arguments(["--model", folders["flf"], "--device=cpu"]), Ranks(0, 1, CPU))
+    with pytest.raises(ValueError, match=r"is VACE, and a request has neither .*sp_sparse\.generate"):
+        WanBackend(parse_serve_arguments(["--model=tiny-vace", "--device=cpu"]), Ranks(0, 1, CPU))
+
+
+def test_lines_of_vace_have_their_own_images(
+    pictures: dict[str, str],
+    clip: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    file = tmp_path / "lines.jsonl"
+    lines = [{"prompt": "a", "reference_image": [pictures["first"]]}, {"prompt": "b", "video": clip}]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--model=tiny-vace", "--prompt-file", str(file), "--num-inference-steps=1", *SMALL]
+    assert main([*flags, "--output", str(tmp_path / "video.mp4")]) == 0
+    made = [video["made"] for video in json.loads((tmp_path / "video.json").read_text())["videos"]]
+    assert [(m["reference_image"], m["video"] is None) for m in made] == [([pictures["first"]], True), ([], False)]
+    file.write_text(json.dumps({"prompt": "a", "reference_image": pictures["first"]}))
+    assert "line 1: reference_image" in (told := _refused(capsys, monkeypatch, *flags))
+    assert 'is not a list of texts; write ["cat.png"]' in told

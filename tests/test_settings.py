@@ -306,7 +306,8 @@ def test_the_report_tells_what_was_made(tmp_path: Path) -> None:
     made: dict[str, Any] = {"height": 96, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
     made |= {"negative_prompt": "", "boundary_ratio": 0.875, "scheduler": "UniPCMultistepScheduler"}
     made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9}
-    made |= dict.fromkeys(("image", "last_image", "video", "strength"))
+    made |= dict.fromkeys(("image", "last_image", "video", "mask", "strength", "conditioning_scale"))
+    made["reference_image"] = []
     assert report["videos"][0]["made"] == made
 
 

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sp_sparse.generate.random_models import tiny_wan_2_1, tiny_wan_2_1_image
+from sp_sparse.generate.random_models import tiny_vace, tiny_wan_2_1, tiny_wan_2_1_image
 
 # 4 x 4 x 4 = 64 tokens.
 SIZE = {"height": 64, "width": 64, "num_frames": 13}
@@ -43,7 +43,7 @@ def family_pipeline(member: str) -> Any:
     if member == "v2v":
         pipe = diffusers.WanVideoToVideoPipeline(**parts)
     elif member == "vace":
-        pipe = diffusers.WanVACEPipeline(**{**parts, "transformer": vace_transformer()})
+        pipe = tiny_vace(torch.float32)
     elif member == "animate":
         images = tiny_wan_2_1_image(torch.float32).components
         images = {name: images[name] for name in ("image_encoder", "image_processor")}
@@ -52,23 +52,13 @@ def family_pipeline(member: str) -> Any:
     return pipe
 
 
-def vace_transformer() -> Any:
-    """Three layers, of which the first and the last get hints of two blocks of the control path."""
-    from diffusers import WanVACETransformer3DModel
-
-    def build() -> Any:
-        layers = {**_SMALL, "num_layers": 3}
-        return WanVACETransformer3DModel(in_channels=16, vace_layers=[0, 2], vace_in_channels=96, **layers)
-
-    return _sharpened(build)
-
-
 def animate_transformer() -> Any:
     """Two layers, with a face adapter after each."""
     from diffusers import WanAnimateTransformer3DModel
 
-    def build() -> Any:
-        return WanAnimateTransformer3DModel(
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(1)
+        model: Any = WanAnimateTransformer3DModel(
             in_channels=36,
             image_dim=32,
             added_kv_proj_dim=128,
@@ -82,19 +72,11 @@ def animate_transformer() -> Any:
             inject_face_latents_blocks=1,
             **_SMALL,
         )
-
-    return _sharpened(build)
-
-
-def _sharpened(build: Any) -> Any:
-    """Random weights give near-uniform attention, under which a wrong block hardly shows."""
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(1)
-        model = build().eval()
-        for block in [*model.blocks, *getattr(model, "vace_blocks", ())]:
+        model.eval()
+        # Random weights give near-uniform attention, under which a wrong block hardly shows.
+        for block, adapter in zip(model.blocks, model.face_adapter, strict=True):
             block.attn1.norm_q.weight.mul_(2.0)
             block.attn1.norm_k.weight.mul_(2.0)
-        for adapter in getattr(model, "face_adapter", ()):
             adapter.to_out.weight.mul_(4.0)
     return model
 

@@ -16,7 +16,7 @@ from sp_sparse.config import FLAG_PREFIX, PRESET_HELP, PRESETS
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
 from sp_sparse.generate.mini import MINI
 
-TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v", "tiny-2.1", "tiny-2.1-i2v")
+TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v", "tiny-2.1", "tiny-2.1-i2v", "tiny-vace")
 RANDOM_A14B = "a14b-random"
 RANDOM_LAYERS = 4
 
@@ -107,8 +107,20 @@ class GenerateArguments:
     last_image: str | None = option(None, "last frame, for models that make a video between two")
     video: str | None = option(
         None,
-        "video to make into another, for Wan 2.1 text-to-video models; size, length and frames a second follow it where "
-        "they are not given",
+        "video to make into another, for Wan 2.1 text-to-video models, or that controls one, for VACE; size, length and "
+        "frames a second follow it where they are not given",
+    )
+    mask: str | None = option(
+        None, "for VACE: a video or picture, white where --video is made anew; all of it is if not given"
+    )
+    reference_image: tuple[str, ...] = option(
+        (),
+        "for VACE: pictures of what the video shows; several with commas or by giving the flag again",
+        _sources,
+        many=True,
+    )
+    conditioning_scale: float | None = option(
+        None, "for VACE: weight of what controls the video, up to 10; 1 if not given", float, at_least=0, at_most=10
     )
     strength: float | None = option(
         None,
@@ -184,6 +196,7 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", tuple(self.lora))
         object.__setattr__(self, "lora_2", tuple(self.lora_2))
+        object.__setattr__(self, "reference_image", tuple(self.reference_image))
         object.__setattr__(self, "lora_scale", tuple(self.lora_scale))
         object.__setattr__(self, "lora_scale_2", tuple(self.lora_scale_2))
         check_numbers(self)
@@ -209,6 +222,8 @@ class GenerateArguments:
             raise ValueError("--last-image is given without --image; give the first frame, too")
         if self.video is not None and self.image is not None:
             raise ValueError("--video and --image are both given, and a video starts from one of them; use one")
+        if self.mask is not None and self.video is None:
+            raise ValueError("--mask is for --video, which is not given; give it, or leave --mask out")
         if self.strength is not None and self.video is None:
             raise ValueError(f"--strength {self.strength:g} is for --video, which is not given; leave --strength out")
         if self.boundary_ratio == 1:

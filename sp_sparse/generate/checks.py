@@ -31,6 +31,8 @@ def check_start(arguments: GenerateArguments, model: WanModel) -> None:
         ValueError: with what the model takes.
     """
     name = arguments.model
+    if arguments.image is not None and model.takes_control:
+        raise ValueError(f"--image is given, but {name} is VACE; give what it shows with --reference-image")
     if arguments.image is not None and not model.takes_image:
         raise ValueError(f"--image is given, but {name} makes videos from text alone; leave --image out")
     if arguments.image is None and model.takes_image and not model.draws_image:
@@ -40,7 +42,8 @@ def check_start(arguments: GenerateArguments, model: WanModel) -> None:
         raise ValueError(f"--last-image is given, but {name} makes videos {made}; leave --last-image out")
     if arguments.last_image is None and model.needs_last_image:
         raise ValueError(f"{name} makes videos between two images; give the last frame with --last-image")
-    if arguments.video is not None and not model.takes_video:
+    _check_control(arguments, model)
+    if arguments.video is not None and not (model.takes_video or model.takes_control):
         raise ValueError(
             f"--video is for diffusers' video-to-video, which {name} does not do: {_why_no_video(model)}; use a Wan 2.1 "
             "text-to-video model, such as tiny-2.1, or leave --video out"
@@ -49,6 +52,24 @@ def check_start(arguments: GenerateArguments, model: WanModel) -> None:
         path = getattr(arguments, flag)
         if path is not None:
             check_picture(flag, path)
+    for path in arguments.reference_image:
+        check_picture("reference_image", path)
+
+
+def _check_control(arguments: GenerateArguments, model: WanModel) -> None:
+    if model.takes_control:
+        if arguments.strength is not None:
+            raise ValueError(
+                f"--strength {arguments.strength:g} is for video-to-video, and {arguments.model} is VACE, whose --mask says "
+                "what is made anew; leave --strength out"
+            )
+        return
+    for name in ("mask", "reference_image", "conditioning_scale"):
+        if getattr(arguments, name) not in (None, ()):
+            flag = flag_of(name)
+            raise ValueError(
+                f"{flag} is for VACE, which {arguments.model} is not; leave {flag} out, or use a VACE model"
+            )
 
 
 def _why_no_video(model: WanModel) -> str:
@@ -74,16 +95,17 @@ def check_video(arguments: GenerateArguments, model: WanModel, named: Named = fl
             )
     assert arguments.num_frames is not None
     check_frames(arguments.num_frames, model.temporal_multiple, named)
-    if arguments.num_frames > (most := (model.positions - 1) * model.temporal_multiple + 1):
+    # Each reference image is a latent frame more.
+    places = model.positions - len(arguments.reference_image)
+    if arguments.num_frames > (most := (places - 1) * model.temporal_multiple + 1):
         raise ValueError(
             f"{named('num_frames')} {arguments.num_frames} is above the {most} that {arguments.model} has places for; use "
             "fewer"
         )
     check_guidance(arguments.guidance_scale, arguments.guidance_scale_2, model.experts, arguments.model, named)
     check_negative_prompt(arguments.guidance_scale, arguments.negative_prompt, named)
-    if arguments.video is not None:
+    if arguments.strength is not None:
         assert arguments.num_inference_steps is not None  # filled
-        assert arguments.strength is not None
         check_strength(arguments.strength, arguments.num_inference_steps)
     if arguments.flow_shift is not None and not model.takes_flow_shift:
         raise ValueError(
@@ -141,11 +163,17 @@ def _filled_by_clip(arguments: GenerateArguments, clip: Clip, model: WanModel) -
     assert arguments.video is not None  # it was looked at
     multiple = model.temporal_multiple
     if arguments.num_frames is not None:
-        check_clip_length(arguments.video, clip.frames, arguments.num_frames, multiple)
+        check_clip_length("video", arguments.video, clip.frames, arguments.num_frames, multiple)
+    num_frames = arguments.num_frames or (clip.frames - 1) // multiple * multiple + 1
+    if arguments.mask is not None:
+        has = look_at_clip(arguments.mask, num_frames, "mask").frames
+        if has > 1:  # a picture is for all frames
+            check_clip_length("mask", arguments.mask, has, num_frames, multiple)
+    strength = STRENGTH if arguments.strength is None and model.takes_video else arguments.strength
     return replace(
         arguments,
-        num_frames=arguments.num_frames or (clip.frames - 1) // multiple * multiple + 1,
+        num_frames=num_frames,
         # A file that tells none is shown as the model's own videos are.
         fps=arguments.fps or (min(max(round(clip.fps), 1), _MOST_FPS) if clip.fps else None),
-        strength=STRENGTH if arguments.strength is None else arguments.strength,
+        strength=strength,
     )

@@ -30,7 +30,7 @@ MINI = VideoDefaults(128, 128, 49, 16, 12, 3.0)
 T2V_A14B = VideoDefaults(480, 832, 81, 16, 40, 4.0)
 I2V_A14B = replace(T2V_A14B, guidance_scale=3.5)
 TI2V_5B = VideoDefaults(704, 1280, 121, 24, 50, 5.0)
-# Wan 2.1; FLF2V is published for 720p alone.
+# Wan 2.1, VACE among it; FLF2V is published for 720p alone.
 T2V_2_1 = VideoDefaults(480, 832, 81, 16, 50, 5.0)
 I2V_2_1 = replace(T2V_2_1, num_inference_steps=40)
 FLF2V_2_1 = replace(T2V_2_1, height=720, width=1280)

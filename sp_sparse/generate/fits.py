@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from sp_sparse.flags import flag_of
+
 Named = Callable[[str], str]
 
 
@@ -71,7 +73,7 @@ def check_guidance(scale: float | None, scale_2: float | None, experts: int, mod
         )
 
 
-def check_clip_length(path: str, has: int, frames: int, multiple: int) -> None:
+def check_clip_length(name: str, path: str, has: int, frames: int, multiple: int) -> None:
     """Refuse more frames than the video that is given has.
 
     Raises:
@@ -79,7 +81,9 @@ def check_clip_length(path: str, has: int, frames: int, multiple: int) -> None:
     """
     if frames > has:
         most = (has - 1) // multiple * multiple + 1
-        raise ValueError(f"--num-frames {frames} is above the {has} frames of --video {path}; use {most} or fewer")
+        raise ValueError(
+            f"--num-frames {frames} is above the {has} frames of {flag_of(name)} {path}; use {most} or fewer"
+        )
 
 
 def check_strength(strength: float, steps: int) -> None:

@@ -97,7 +97,7 @@ def _check(
 def _check_alike(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:
     """Refuse lines of which some start from an image or a video and others do not, where that decides how the model is
     loaded."""
-    for name, decides in (("image", model.may_take_image), ("video", True)):
+    for name, decides in (("image", model.may_take_image), ("video", not model.takes_control)):
         given = [getattr(video.arguments, name) is not None for video in wanted]
         if decides and len(set(given)) > 1:
             raise ValueError(

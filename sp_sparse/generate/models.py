@@ -22,15 +22,17 @@ from sp_sparse.generate.random_models import (
     tiny_image_to_video,
     tiny_text_image_to_video,
     tiny_text_to_video,
+    tiny_vace,
     tiny_wan_2_1,
     tiny_wan_2_1_image,
 )
 from sp_sparse.generate.tiles import enable_tiling
 
 _TEXT, _IMAGE, _VIDEO = "WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"
-_WAN_PIPELINES = (_TEXT, _IMAGE, _VIDEO)
+_CONTROL = "WanVACEPipeline"
+_WAN_PIPELINES = (_TEXT, _IMAGE, _VIDEO, _CONTROL)
 # Of the family, but with inputs that have no flags here.
-_LIBRARY_ALONE = ("WanVACEPipeline", "WanAnimatePipeline")
+_LIBRARY_ALONE = ("WanAnimatePipeline",)
 _PIPELINE_MULTIPLE = 16  # diffusers' Wan pipelines refuse other sides, whatever the VAE
 
 
@@ -53,6 +55,7 @@ class WanModel:
         takes_last_image: whether the video may end in an image, too.
         needs_last_image: whether it must.
         takes_video: whether it is loaded to make a video into another.
+        takes_control: whether a video, a mask and reference images may control it: VACE.
     """
 
     defaults: VideoDefaults
@@ -69,6 +72,7 @@ class WanModel:
     takes_last_image: bool = False
     needs_last_image: bool = False
     takes_video: bool = False
+    takes_control: bool = False
 
 
 def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
@@ -143,6 +147,7 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         "tiny-ti2v": lambda dtype: tiny_text_image_to_video(dtype, from_image),
         "tiny-2.1": lambda dtype: tiny_wan_2_1(dtype, from_video),
         "tiny-2.1-i2v": tiny_wan_2_1_image,
+        "tiny-vace": tiny_vace,
     }
     return WanModel(
         defaults=defaults.TINY_TI2V if is_ti2v else defaults.TINY,
@@ -156,6 +161,7 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         positions=TINY_POSITIONS,
         takes_last_image=name == "tiny-i2v",
         takes_video=from_video,
+        takes_control=name == "tiny-vace",
     )
 
 
@@ -174,13 +180,14 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
     per_token = bool(index.get("expand_timesteps"))
     # TI2V-5B is published as a WanPipeline and starts from an image in the other class.
     from_image = name == _IMAGE or (per_token and arguments.image is not None)
+    is_vace = name == _CONTROL
     # As the model's authors run them.
     exact = [part for part in ("vae", "image_encoder") if (index.get(part) or [None])[0] is not None]
 
     def load(device: torch.device, dtype: torch.dtype) -> Any:
         import diffusers
 
-        class_name = _VIDEO if from_video else _IMAGE if from_image else _TEXT
+        class_name = _CONTROL if is_vace else _VIDEO if from_video else _IMAGE if from_image else _TEXT
         pipeline = getattr(diffusers, class_name)
         # Straight to the device, since the CPU memory of a machine does not hold the weights once a rank.
         dtypes = {"default": dtype, **dict.fromkeys(exact, torch.float32)}
@@ -196,7 +203,7 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
         )
     experts, scale = 2 if has_second else 1, vae.get("scale_factor_spatial", 8)
     # That loop runs one expert, and takes its VAE to shrink by 8.
-    from_video = arguments.video is not None and not from_image and experts == 1 and scale == 8
+    from_video = arguments.video is not None and not (from_image or is_vace) and experts == 1 and scale == 8
     # Wan 2.1 embeds its images, in as many places as the weights have; Wan 2.2 does not.
     embeds_images = transformer.get("image_dim") is not None
     two_images = from_image and embeds_images and transformer.get("pos_embed_seq_len") is not None
@@ -215,6 +222,7 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
         takes_last_image=two_images or (from_image and not embeds_images and not per_token),
         needs_last_image=two_images,
         takes_video=from_video,
+        takes_control=is_vace,
     )
 
 

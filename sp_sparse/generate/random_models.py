@@ -93,6 +93,17 @@ def tiny_wan_2_1_image(dtype: torch.dtype, last_image: bool = False) -> Any:
     return WanImageToVideoPipeline(**_parts(), **images, transformer=expert, vae=_vae_16())
 
 
+def tiny_vace(dtype: torch.dtype) -> Any:
+    """VACE: `tiny_wan_2_1` of three layers, with a control path whose two blocks give hints to the first and the last."""
+    from diffusers import WanVACEPipeline
+
+    config = {**_TINY, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 96}
+    expert = _transformer(
+        1, dtype, "WanVACETransformer3DModel", num_attention_heads=8, in_channels=16, out_channels=16, **config
+    )
+    return WanVACEPipeline(**_parts(), transformer=expert, vae=_vae_16())
+
+
 def random_a14b(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
     """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
     measuring."""
@@ -114,13 +125,13 @@ def _experts(dtype: torch.dtype, **config: Any) -> dict[str, Any]:
     return {"transformer": _transformer(1, dtype, **config), "transformer_2": _transformer(2, dtype, **config)}
 
 
-def _transformer(seed: int, dtype: torch.dtype, **config: Any) -> Any:
-    from diffusers import WanTransformer3DModel
+def _transformer(seed: int, dtype: torch.dtype, kind: str = "WanTransformer3DModel", **config: Any) -> Any:
+    import diffusers
 
     with _seeded(seed), _default_dtype(dtype), torch.no_grad():
-        model: Any = WanTransformer3DModel(patch_size=(1, 2, 2), cross_attn_norm=True, **config)
+        model: Any = getattr(diffusers, kind)(patch_size=(1, 2, 2), cross_attn_norm=True, **config)
         model.eval()
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
             block.attn1.norm_q.weight.mul_(_NORM_SCALE)
             block.attn1.norm_k.weight.mul_(_NORM_SCALE)
     for name, parameter in model.named_parameters():

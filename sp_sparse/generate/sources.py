@@ -64,18 +64,18 @@ def open_picture(path: str) -> Any:
         return ImageOps.exif_transpose(image).convert("RGB")
 
 
-def look_at_clip(path: str, at_most: int) -> Clip:
-    """What a video file is, of which no more than `at_most` frames are decoded.
+def look_at_clip(path: str, at_most: int, name: str = "video") -> Clip:
+    """What a video file is, of which no more than `at_most` frames are decoded. A picture is one of a single frame.
 
     Raises:
         ValueError: it is no video that ffmpeg reads.
     """
     if not Path(path).is_file():
-        raise ValueError(f"--video {path} is not a file; give a video")
-    with _decoding(path, at_most) as (facts, frames):
+        raise ValueError(f"{flag_of(name)} {path} is not a file; give a video")
+    with _decoding(path, at_most, name) as (facts, frames):
         count = sum(1 for _ in frames)
     if count < 1:
-        raise ValueError(f"--video {path} has no frame that can be decoded; give a whole mp4, WebM or GIF")
+        raise ValueError(f"{flag_of(name)} {path} has no frame that can be decoded; give a whole mp4, WebM or GIF")
     return Clip(facts["size"], count, float(facts["fps"]))
 
 
@@ -83,12 +83,12 @@ def read_clip(path: str, count: int) -> list[Any]:
     """The first `count` frames, as pictures."""
     from PIL import Image
 
-    with _decoding(path, count) as (facts, frames):
+    with _decoding(path, count, "video") as (facts, frames):
         return [Image.frombytes("RGB", facts["size"], frame) for frame in frames]
 
 
 @contextmanager
-def _decoding(path: str, at_most: int) -> Iterator[tuple[dict[str, Any], Iterator[bytes]]]:
+def _decoding(path: str, at_most: int, name: str) -> Iterator[tuple[dict[str, Any], Iterator[bytes]]]:
     """What ffmpeg tells of a file, and its frames as bytes of RGB."""
     import imageio_ffmpeg
 
@@ -98,7 +98,7 @@ def _decoding(path: str, at_most: int) -> Iterator[tuple[dict[str, Any], Iterato
     except (OSError, RuntimeError, StopIteration) as error:
         told = str(error).strip().splitlines()
         raise ValueError(
-            f"--video {path} cannot be read ({told[-1] if told else type(error).__name__}); give an mp4, WebM or GIF"
+            f"{flag_of(name)} {path} cannot be read ({told[-1] if told else type(error).__name__}); give an mp4, WebM or GIF"
         ) from error
     finally:
         reader.close()

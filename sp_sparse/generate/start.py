@@ -1,4 +1,5 @@
-"""What a video starts from beside its text: nothing, a first frame, a first and a last one, or another video."""
+"""What a video starts from beside its text: nothing, a first frame, a first and a last one, or another video; and what
+controls VACE."""
 
 from __future__ import annotations
 
@@ -19,20 +20,28 @@ class Start:
     Attributes:
         image: the first frame, for models that take one.
         last_image: the last frame, likewise.
-        frames: those of the video that is made into another one.
+        frames: those of the video that is made into another one, or controls it.
+        mask: as many, white where the video is made anew.
+        references: what the video shows.
     """
 
     image: Any | None = None
     last_image: Any | None = None
     frames: tuple[Any, ...] = ()
+    mask: tuple[Any, ...] = ()
+    references: tuple[Any, ...] = ()
 
     @classmethod
     def of(cls, arguments: GenerateArguments, model: WanModel) -> Start:
         """What filled arguments ask for; a first frame that is not given is drawn."""
-        if model.takes_video:
-            assert arguments.video is not None  # the model was found for it
-            assert arguments.num_frames is not None
-            return cls(frames=tuple(read_clip(arguments.video, arguments.num_frames)))
+        if model.takes_video or model.takes_control:
+            count = arguments.num_frames
+            assert count is not None  # filled
+            frames = () if arguments.video is None else read_clip(arguments.video, count)
+            mask = [] if arguments.mask is None else read_clip(arguments.mask, count)
+            if len(mask) == 1:
+                mask *= count
+            return cls(None, None, tuple(frames), tuple(mask), tuple(map(open_picture, arguments.reference_image)))
         if not model.takes_image:
             return cls()
         last = None if arguments.last_image is None else open_picture(arguments.last_image)
@@ -43,10 +52,17 @@ class Start:
         assert arguments.height is not None  # filled
         assert arguments.width is not None
         size = arguments.height, arguments.width
-        if self.frames:
-            return {"video": [fill_frame(frame, *size) for frame in self.frames], "strength": arguments.strength}
-        # Its number is that of the frames of a video that is given.
-        inputs: dict[str, Any] = {"num_frames": arguments.num_frames}
+        inputs: dict[str, Any] = {}
+        for name, frames in (("video", self.frames), ("mask", self.mask)):
+            if frames:
+                inputs[name] = [fill_frame(frame, *size) for frame in frames]
+        if self.references:  # the pipeline fits them, on white
+            inputs["reference_images"] = list(self.references)
+        if arguments.conditioning_scale is not None:
+            inputs["conditioning_scale"] = arguments.conditioning_scale
+        if arguments.strength is not None:  # video-to-video makes as many frames as it is given
+            return {**inputs, "strength": arguments.strength}
+        inputs["num_frames"] = arguments.num_frames
         for name, picture in (("image", self.image), ("last_image", self.last_image)):
             if picture is not None:
                 inputs[name] = fill_frame(picture, *size)
@@ -59,7 +75,8 @@ class Start:
         pictures = {
             "image": self.image,
             "last_image": self.last_image,
-            "video": self.frames[0] if self.frames else None,
+            "video": next(iter(self.frames), None),
+            "mask": next(iter(self.mask), None),
         }
         told: dict[str, dict[str, Any] | None] = {}
         for name, picture in pictures.items():

@@ -83,7 +83,7 @@ def denoise(
             callback_on_step_end=clock,
             **inputs,
         ).frames
-    return latents
+    return latents[:, :, len(start.references) :]  # VACE gives its reference images first
 
 
 @contextmanager
@@ -177,6 +177,8 @@ class VideoMaker:
             "seed": arguments.seed,
             "flow_shift": shift_of(pipe.scheduler),
             "strength": arguments.strength,
+            "conditioning_scale": arguments.conditioning_scale,
+            "reference_image": list(arguments.reference_image),
             **self.start.told(arguments),
         }
 

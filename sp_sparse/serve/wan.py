@@ -70,6 +70,11 @@ class WanBackend:
                 f"{self._base.model} makes videos between two images, and a request has one; make them with "
                 "python -m sp_sparse.generate --image … --last-image …"
             )
+        if self._model.takes_control:
+            raise ValueError(
+                f"{self._base.model} is VACE, and a request has neither its video nor its images; make them with "
+                "python -m sp_sparse.generate"
+            )
         check_second_expert(self._base, self._model)
         check_lora(self._base)
         if self._base.vae_tiling:
