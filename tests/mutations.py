@@ -1549,6 +1549,27 @@ MUTATIONS = (
         '(("image", self.image),)',
         "family_command",
     ),
+    Mutation(
+        "VACE's reference images are frames of the video",
+        "generate/video.py",
+        "return latents[:, :, len(start.references) :]",
+        "return latents",
+        "family_command",
+    ),
+    Mutation(
+        "VACE's mask is not given",
+        "generate/start.py",
+        '(("video", self.frames), ("mask", self.mask))',
+        '(("video", self.frames),)',
+        "family_command",
+    ),
+    Mutation(
+        "more frames than a clip has",
+        "generate/fits.py",
+        "    if frames > has:",
+        "    if False:",
+        "family_command",
+    ),
     # A rank that fails amid a forward, and what agreeing costs
     Mutation(
         "a failed rank leaves the others in the forward's collectives",
