@@ -262,7 +262,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sizes beyond the model's places",
-        "generate/checks.py",
+        "generate/asked.py",
         "pixels > (most := model.positions * model.spatial_multiple)",
         "pixels > (most := 2 * model.positions * model.spatial_multiple)",
         "settings",

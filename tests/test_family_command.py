@@ -22,7 +22,7 @@ from sp_sparse.generate import defaults
 from sp_sparse.generate import job as generate_job
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
-from sp_sparse.generate.checks import fill_defaults
+from sp_sparse.generate.asked import fill_defaults
 from sp_sparse.generate.defaults import VideoDefaults
 from sp_sparse.generate.files import save_video
 from sp_sparse.generate.models import find_model

@@ -336,6 +336,20 @@ def test_another_size_does_not_go_into_the_same_folder(tmp_path: Path, capsys: p
     assert "model 'tiny' there, 'tiny-ti2v' now" in told
 
 
+def test_another_last_frame_does_not_go_into_the_same_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    paths = [str(tmp_path / f"{color}.png") for color in ("red", "blue")]
+    for color, path in zip(("red", "blue"), paths, strict=True):
+        Image.new("RGB", (64, 64), color).save(path)
+    flags = _flags(tmp_path, "--model=tiny-i2v", "--densities=0.2", "--masks=false", "--image", paths[0])
+    assert main([*flags, "--last-image", paths[0]]) == 0
+    for other, now in (([], "None"), (["--last-image", paths[1]], repr(paths[1]))):
+        assert f"last_image {paths[0]!r} there, {now} now" in _error(capsys, *flags, *other)
+
+
 def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "fidelity.jsonl").write_text("{}\n")

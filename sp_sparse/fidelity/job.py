@@ -15,8 +15,8 @@ from sp_sparse.fidelity.render import Renderer
 from sp_sparse.fidelity.report import report_files
 from sp_sparse.fidelity.store import DENSE, FLOOR, SPARSE, Item, ResultStore
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.asked import check_second_expert, check_start, check_video, fill_defaults
 from sp_sparse.generate.attach import build_mesh, check_names, check_ranks
-from sp_sparse.generate.checks import check_second_expert, check_start, check_video, fill_defaults
 from sp_sparse.generate.lora import check_lora
 from sp_sparse.generate.models import WanModel, find_model, load_pipeline
 from sp_sparse.generate.prompts import wanted_videos
@@ -29,6 +29,8 @@ _SHARED = (
     *("model", "layers", "lora", "lora_2", "negative_prompt", "image", "height", "width", "num_frames", "fps"),
     *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
 )
+# Likewise, but kept only where they are given: folders that know nothing of these flags are gone on with.
+_SHARED_IF_GIVEN = ("last_image",)
 
 
 def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
@@ -117,6 +119,7 @@ def _leads(setting: Any, arguments: FidelityArguments) -> bool:
 def _shared_by_all(base: GenerateArguments, model: WanModel, ranks: Ranks) -> dict[str, Any]:
     values = asdict(base)
     dtype = str(model.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype
-    shared = {name: values[name] for name in _SHARED} | {"dtype": dtype, "device": ranks.device.type}
+    names = (*_SHARED, *(name for name in _SHARED_IF_GIVEN if values[name]))
+    shared = {name: values[name] for name in names} | {"dtype": dtype, "device": ranks.device.type}
     read_back: dict[str, Any] = json.loads(json.dumps(shared))
     return read_back

@@ -7,8 +7,8 @@ from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.asked import check_second_expert, check_start, check_video, fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
-from sp_sparse.generate.checks import check_second_expert, check_start, check_video, fill_defaults
 from sp_sparse.generate.files import check_writable
 from sp_sparse.generate.lora import check_lora
 from sp_sparse.generate.models import WanModel, find_model, load_pipeline

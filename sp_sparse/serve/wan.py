@@ -17,8 +17,8 @@ from torch import Tensor
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.asked import check_second_expert, check_video, fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
-from sp_sparse.generate.checks import check_second_expert, check_video, fill_defaults
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import save_video
 from sp_sparse.generate.lora import check_lora
