@@ -206,14 +206,14 @@ MUTATIONS = (
     ),
     Mutation(
         "a picture is stretched",
-        "generate/video.py",
+        "generate/start.py",
         "ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)",
         "image.resize((width, height), Image.Resampling.LANCZOS)",
         "settings",
     ),
     Mutation(
         "a photo is not turned",
-        "generate/video.py",
+        "generate/sources.py",
         'return ImageOps.exif_transpose(image).convert("RGB")',
         'return image.convert("RGB")',
         "settings",
@@ -235,8 +235,8 @@ MUTATIONS = (
     Mutation(
         "the multiple is not the patch's",
         "generate/models.py",
-        'vae.get("scale_factor_spatial", 8) * side for side',
-        'vae.get("scale_factor_spatial", 8) * 2 for side',
+        "scale * side for side",
+        "scale * 2 for side",
         "settings",
     ),
     Mutation(
@@ -249,8 +249,8 @@ MUTATIONS = (
     Mutation(
         "every model has two experts",
         "generate/models.py",
-        "experts=2 if has_second else 1",
-        "experts=2",
+        "experts, scale = 2 if has_second else 1,",
+        "experts, scale = 2,",
         "settings",
     ),
     Mutation(
@@ -262,7 +262,7 @@ MUTATIONS = (
     ),
     Mutation(
         "sizes beyond the model's places",
-        "generate/models.py",
+        "generate/asked.py",
         "pixels > (most := model.positions * model.spatial_multiple)",
         "pixels > (most := 2 * model.positions * model.spatial_multiple)",
         "settings",
@@ -1570,6 +1570,77 @@ MUTATIONS = (
         "formats=None",
         "serving/images",
     ),
+    # The rest of the family
+    Mutation(
+        "VACE's control path stays dense",
+        "integrations/diffusers/family.py",
+        "    return found + [AttendingBlock",
+        "    return [AttendingBlock",
+        "family",
+    ),
+    Mutation(
+        "VACE's control path is not cut as the video is",
+        "integrations/diffusers/family.py",
+        "call.enter(_padded(x.flatten(2), call.plan.grid.num_tokens), 2)",
+        "_padded(x.flatten(2), call.plan.grid.num_tokens)[:, :, : len(call.plan.local)]",
+        "family",
+    ),
+    Mutation(
+        "a face is attended by the tokens of another frame",
+        "integrations/diffusers/face.py",
+        "own_frame = self._call.plan.local //",
+        "own_frame = torch.arange(len(self._call.plan.local)) //",
+        "family",
+    ),
+    Mutation(
+        "the first token of a rank has no pose",
+        "integrations/diffusers/family.py",
+        "        video[:, :, :1] += tokens[:, :, :1]\n",
+        "",
+        "family",
+    ),
+    Mutation(
+        "video-to-video has one branch of guidance",
+        "integrations/diffusers/branches.py",
+        '"uncond" if now is self._timestep else "cond"',
+        '"cond"',
+        "family",
+    ),
+    Mutation(
+        "video-to-video runs all steps",
+        "generate/start.py",
+        ', "strength": arguments.strength}',
+        ', "strength": 1.0}',
+        "family_command",
+    ),
+    Mutation(
+        "the last frame is not given",
+        "generate/start.py",
+        '(("image", self.image), ("last_image", self.last_image))',
+        '(("image", self.image),)',
+        "family_command",
+    ),
+    Mutation(
+        "VACE's reference images are frames of the video",
+        "generate/video.py",
+        "return latents[:, :, len(start.references) :]",
+        "return latents",
+        "family_command",
+    ),
+    Mutation(
+        "VACE's mask is not given",
+        "generate/start.py",
+        '(("video", self.frames), ("mask", self.mask))',
+        '(("video", self.frames),)',
+        "family_command",
+    ),
+    Mutation(
+        "more frames than a clip has",
+        "generate/fits.py",
+        "    if frames > has:",
+        "    if False:",
+        "family_command",
+    ),
     # A rank that fails amid a forward, and what agreeing costs
     Mutation(
         "a failed rank leaves the others in the forward's collectives",
@@ -1658,8 +1729,8 @@ MUTATIONS = (
     Mutation(
         "texts are sent at each step",
         "integrations/diffusers/agree.py",
-        "        return next((kept for",
-        "        return next((kept for _ in range(0) for",
+        "found = next((kept for",
+        "found = next((kept for _ in range(0) for",
         "agreement_cost",
     ),
     Mutation(

@@ -17,6 +17,7 @@ pytest.importorskip("diffusers")
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.integrations.diffusers import enable_sparse_attention
 from sp_sparse.integrations.diffusers.agree import ForwardAgreement
+from sp_sparse.integrations.diffusers.family import input_names
 from sp_sparse.integrations.diffusers.position import SchedulerSteps
 from sp_sparse.parallel.agreement import meet_on_host
 from sp_sparse.parallel.collectives import all_from_first
@@ -92,8 +93,9 @@ def test_collectives_of_a_step_of_image_to_video() -> None:
 
 def _check_new_on_one_rank(rank: int) -> None:
     """Nothing is broadcast here, so that a rank that would stay behind is seen rather than waited for."""
-    agree = ForwardAgreement(SequenceParallelMesh(2), keeps_latents=False)
-    given = inputs(tiny_transformer())
+    model = tiny_transformer()
+    agree = ForwardAgreement(SequenceParallelMesh(2), input_names(model), keeps_latents=False)
+    given = inputs(model)
     sent: list[int] = []
 
     def counting(tensors: Sequence[Tensor], groups: object) -> list[Tensor]:

@@ -399,7 +399,23 @@ def test_every_flag_of_generate_is_taken_or_is_about_one_video() -> None:
     instead = {"prompt", "prompt_file", "videos_per_prompt", "seed", "sparse_attn_preset"}
     written = {"output_latents", "output_frames", "report"}
     of_a_job = {"compile", "verify", "verify_tolerance", "repeat"}
-    assert own - taken == instead | written | of_a_job
+    # Videos that start from others are not compared here.
+    from_videos = {"video", "strength", "mask", "reference_image", "conditioning_scale"}
+    assert own - taken == instead | written | of_a_job | from_videos
+
+
+def test_another_last_frame_does_not_go_into_the_same_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from PIL import Image
+
+    paths = [str(tmp_path / f"{color}.png") for color in ("red", "blue")]
+    for color, path in zip(("red", "blue"), paths, strict=True):
+        Image.new("RGB", (64, 64), color).save(path)
+    flags = _flags(tmp_path, "--model=tiny-i2v", "--densities=0.2", "--masks=false", "--image", paths[0])
+    assert main([*flags, "--last-image", paths[0]]) == 0
+    for other, now in (([], "None"), (["--last-image", paths[1]], repr(paths[1]))):
+        assert f"last_image {paths[0]!r} there, {now} now" in _error(capsys, *flags, *other)
 
 
 def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

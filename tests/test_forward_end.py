@@ -208,7 +208,7 @@ def _check_on_gpus(rank: int) -> None:
     for happens, spoilt in cases:
         standing, mine = Standing(), happens[rank]
         call: Any = _CallOnGpu(None if mine is None else mine[0])
-        end = ForwardEnd(None, [], call, mesh, standing, lambda: None)
+        end = ForwardEnd(None, [], [], call, mesh, standing, lambda: None)
         raised = end(None if mine is None else mine[1])
         assert end(None) is None, "it ends once"
         if mine is not None:

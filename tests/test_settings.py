@@ -20,7 +20,7 @@ from sp_sparse.generate.arguments import TINY_MODELS, GenerateArguments, parse_a
 from sp_sparse.generate.models import WanModel, find_model, shift_of, transformers_of
 from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_image_to_video, tiny_text_to_video
 from sp_sparse.generate.ranks import Ranks
-from sp_sparse.generate.video import cropped_share, fill_frame
+from sp_sparse.generate.start import cropped_share, fill_frame
 from sp_sparse.serve.answers import ApiError
 from sp_sparse.serve.arguments import ServeArguments, parse_serve_arguments
 from sp_sparse.serve.limits import Limits
@@ -305,7 +305,9 @@ def test_the_report_tells_what_was_made(tmp_path: Path) -> None:
     report = _generate(tmp_path, *flags, "--guidance-scale-2=3", "--flow-shift=7", "--fps=12", "--seed=9")
     made: dict[str, Any] = {"height": 96, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
     made |= {"negative_prompt": "", "boundary_ratio": 0.875, "scheduler": "UniPCMultistepScheduler"}
-    made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9, "image": None}
+    made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9}
+    made |= dict.fromkeys(("image", "last_image", "video", "mask", "strength", "conditioning_scale"))
+    made["reference_image"] = []
     assert report["videos"][0]["made"] == made
 
 

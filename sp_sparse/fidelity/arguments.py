@@ -75,6 +75,7 @@ class FidelityArguments:
     lora_scale_2: tuple[float, ...] = _shared("lora_scale_2")
     negative_prompt: str = _shared("negative_prompt")
     image: str | None = _shared("image")
+    last_image: str | None = _shared("last_image")
     height: int | None = _shared("height")
     width: int | None = _shared("width")
     num_frames: int | None = _shared("num_frames")

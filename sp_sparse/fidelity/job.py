@@ -30,7 +30,7 @@ _SHARED = (
     *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
 )
 # Likewise, but kept only where they are given: folders that know nothing of these flags are gone on with.
-_SHARED_IF_GIVEN = ("lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling")
+_SHARED_IF_GIVEN = ("lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling", "last_image")
 
 
 def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
@@ -49,7 +49,7 @@ def measure(arguments: FidelityArguments, ranks: Ranks) -> int:
     work = on_first(ranks, lambda: _open(arguments, base, model, store, ranks))
     if work.missing or work.looks:
         pipe = ranks.together(lambda: load_pipeline(base, model, ranks.device))
-        renderer = Renderer.of(pipe, base, ranks.device, work.prompts, model.takes_image)
+        renderer = Renderer.of(pipe, base, ranks.device, work.prompts, model)
         mesh = ranks.together(lambda: build_mesh(base))
         progress = Progress(ranks, work.total, work.total - len(work.missing) - len(work.looks))
         measurement = ranks.together(

@@ -15,9 +15,10 @@ from sp_sparse.fidelity.metrics import as_bytes
 from sp_sparse.fidelity.store import Frames
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.decode import decode
-from sp_sparse.generate.models import transformers_of
+from sp_sparse.generate.models import WanModel, transformers_of
 from sp_sparse.generate.stages import StepClock, synchronize
-from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt, first_frame
+from sp_sparse.generate.start import Start
+from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt
 
 # (prompt, seed)
 Video = tuple[str, int]
@@ -46,24 +47,24 @@ class Renderer:
         arguments: sizes, steps and guidance, filled in.
         device: where it computes.
         prompts: encoded, by their texts.
-        image: the first frame, for models that take one.
+        start: what all videos start from.
     """
 
     pipe: Any
     arguments: GenerateArguments
     device: torch.device
     prompts: Mapping[str, EncodedPrompt]
-    image: Any | None
+    start: Start
 
     @classmethod
     def of(
-        cls, pipe: Any, arguments: GenerateArguments, device: torch.device, texts: Iterable[str], takes_image: bool
+        cls, pipe: Any, arguments: GenerateArguments, device: torch.device, texts: Iterable[str], model: WanModel
     ) -> Renderer:
         """Encode the prompts, then drop the text encoder."""
         pipe.set_progress_bar_config(disable=True)
         prompts = {text: encode_prompt(pipe, arguments, text, device) for text in texts}
         pipe.text_encoder = None
-        return cls(pipe, arguments, device, prompts, first_frame(arguments) if takes_image else None)
+        return cls(pipe, arguments, device, prompts, Start.of(arguments, model))
 
     def denoise(self, videos: Sequence[Video]) -> Latents:
         """All of them together, each from the noise of its seed, by whatever attention the pipeline has now."""
@@ -72,7 +73,7 @@ class Renderer:
         synchronize(self.device)
         start = time.perf_counter()
         clock = StepClock(self.device)
-        latents = denoise(self.pipe, self.arguments, _together(prompts), clock, self.image, seeds)
+        latents = denoise(self.pipe, self.arguments, _together(prompts), clock, self.start, seeds)
         synchronize(self.device)
         return Latents(latents, time.perf_counter() - start)
 

@@ -16,7 +16,7 @@ from sp_sparse.config import FLAG_PREFIX, PRESET_HELP, PRESETS
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
 from sp_sparse.generate.mini import MINI
 
-TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
+TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v", "tiny-2.1", "tiny-2.1-i2v", "tiny-vace")
 RANDOM_A14B = "a14b-random"
 RANDOM_LAYERS = 4
 
@@ -67,8 +67,8 @@ class GenerateArguments:
 
     model: str = option(
         "tiny",
-        "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random (full width, random weights); "
-        "a folder; or a hub id",
+        f"{', '.join(TINY_MODELS)} (random weights, run anywhere); a14b-random (full width, random weights); a folder; or a "
+        "hub id",
     )
     layers: int | None = option(
         None,
@@ -104,6 +104,31 @@ class GenerateArguments:
     )
     negative_prompt: str = option("", "what to keep away from")
     image: str | None = option(None, "first frame, for image-to-video; a tiny or random model draws one if not given")
+    last_image: str | None = option(None, "last frame, for models that make a video between two")
+    video: str | None = option(
+        None,
+        "video to make into another, for Wan 2.1 text-to-video models, or that controls one, for VACE; size, length and "
+        "frames a second follow it where they are not given",
+    )
+    mask: str | None = option(
+        None, "for VACE: a video or picture, white where --video is made anew; all of it is if not given"
+    )
+    reference_image: tuple[str, ...] = option(
+        (),
+        "for VACE: pictures of what the video shows; several with commas or by giving the flag again",
+        _sources,
+        many=True,
+    )
+    conditioning_scale: float | None = option(
+        None, "for VACE: weight of what controls the video, up to 10; 1 if not given", float, at_least=0, at_most=10
+    )
+    strength: float | None = option(
+        None,
+        "share of the steps that are run on --video, above 0, up to 1: the higher, the less of it is kept; 0.8 if not given",
+        float,
+        above=0,
+        at_most=1,
+    )
     height: int | None = option(
         None,
         "pixels, a multiple of 16 (TI2V: 32); with --image and without height or width, the picture's aspect at about the "
@@ -171,6 +196,7 @@ class GenerateArguments:
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", tuple(self.lora))
         object.__setattr__(self, "lora_2", tuple(self.lora_2))
+        object.__setattr__(self, "reference_image", tuple(self.reference_image))
         object.__setattr__(self, "lora_scale", tuple(self.lora_scale))
         object.__setattr__(self, "lora_scale_2", tuple(self.lora_scale_2))
         check_numbers(self)
@@ -192,6 +218,14 @@ class GenerateArguments:
             raise ValueError(
                 f"--layers {self.layers} is for {RANDOM_A14B}, and the model is {self.model}; leave it out"
             )
+        if self.last_image is not None and self.image is None:
+            raise ValueError("--last-image is given without --image; give the first frame, too")
+        if self.video is not None and self.image is not None:
+            raise ValueError("--video and --image are both given, and a video starts from one of them; use one")
+        if self.mask is not None and self.video is None:
+            raise ValueError("--mask is for --video, which is not given; give it, or leave --mask out")
+        if self.strength is not None and self.video is None:
+            raise ValueError(f"--strength {self.strength:g} is for --video, which is not given; leave --strength out")
         if self.boundary_ratio == 1:
             raise ValueError("--boundary-ratio 1.0 leaves the first expert no step; give a number above 0 and below 1")
         guided = self.guidance_scale is None or self.guidance_scale > 1

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.asked import check_second_expert, check_start, check_video, fill_defaults
 from sp_sparse.generate.attach import check_ranks
 from sp_sparse.generate.lora import check_lora
-from sp_sparse.generate.models import (
-    WanModel,
-    check_image,
-    check_second_expert,
-    check_video,
-    fill_defaults,
-    find_model,
-)
+from sp_sparse.generate.models import WanModel, find_model
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.tiles import check_tiling
 
@@ -36,9 +30,9 @@ def checked_video(arguments: GenerateArguments, model: WanModel) -> GenerateArgu
     """The arguments of a video with the model's own values for what they leave open.
 
     Raises:
-        ValueError: a picture too many or too few, or a video that the model cannot make.
+        ValueError: a picture or video too many or too few, or a video that the model cannot make.
     """
-    check_image(arguments, model)
+    check_start(arguments, model)
     filled = fill_defaults(arguments, model)
     check_video(filled, model)
     return filled

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from sp_sparse.flags import flag_of
+
 Named = Callable[[str], str]
 
 
@@ -68,6 +70,32 @@ def check_guidance(scale: float | None, scale_2: float | None, experts: int, mod
         raise ValueError(
             f"{named('guidance_scale_2')} {scale_2:g} is given, but {named('guidance_scale')} {scale:g} switches guidance "
             f"off for both experts; use a scale above 1, or leave {named('guidance_scale_2')} out"
+        )
+
+
+def check_clip_length(name: str, path: str, has: int, frames: int, multiple: int) -> None:
+    """Refuse more frames than the video that is given has.
+
+    Raises:
+        ValueError: with the most that fit.
+    """
+    if frames > has:
+        most = (has - 1) // multiple * multiple + 1
+        raise ValueError(
+            f"--num-frames {frames} is above the {has} frames of {flag_of(name)} {path}; use {most} or fewer"
+        )
+
+
+def check_strength(strength: float, steps: int) -> None:
+    """Refuse a strength that leaves no step to run: of all steps, the last ones are run, by this share.
+
+    Raises:
+        ValueError: with the least that leaves one.
+    """
+    if int(steps * strength) < 1:
+        raise ValueError(
+            f"--strength {strength:g} leaves none of --num-inference-steps {steps}; use {1 / steps:.2g} or more, or more "
+            "steps"
         )
 
 

@@ -7,16 +7,18 @@ from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.asked import fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
 from sp_sparse.generate.checks import checked_model, checked_video
 from sp_sparse.generate.files import check_writable
-from sp_sparse.generate.models import WanModel, fill_defaults, load_pipeline
+from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
 from sp_sparse.generate.stages import Stages
+from sp_sparse.generate.start import Start
 from sp_sparse.generate.verify import verify
-from sp_sparse.generate.video import VideoMaker, encode_prompts, first_frame
+from sp_sparse.generate.video import VideoMaker, encode_prompts
 from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.parallel.agreement import check_all_same
 
@@ -38,13 +40,14 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
     pipe.set_progress_bar_config(disable=not ranks.first, desc="denoise", unit="step")
     with stages.measure("encode"):
         prompts = encode_prompts(pipe, wanted, ranks.device)
-    makers = [VideoMaker(pipe, own, ranks, first_frame(own) if model.takes_image else None) for own in wanted]
+    makers = [VideoMaker(pipe, own, ranks, Start.of(own, model)) for own in wanted]
     for maker in makers:
-        if (image := maker.image_told()) is not None:
-            ranks.say(
-                f"image: {image['width']}x{image['height']} fills {maker.arguments.width}x{maker.arguments.height}; "
-                f"{image['cropped_share']:.1%} of it is cropped"
-            )
+        for name, source in maker.start.told(maker.arguments).items():
+            if source is not None:
+                ranks.say(
+                    f"{name}: {source['width']}x{source['height']} fills {maker.arguments.width}x{maker.arguments.height}; "
+                    f"{source['cropped_share']:.1%} of it is cropped"
+                )
     mesh, handle = ranks.together(lambda: _prepare(pipe, arguments, recorder))
 
     videos, told = [], []
@@ -76,7 +79,7 @@ def _check(
     """
     wanted = wanted_videos(arguments)
     model = checked_model(wanted[0].arguments, ranks)
-    _check_images(wanted, model)
+    _check_alike(wanted, model)
     filled = tuple(_filled(video, model) for video in wanted)
     if ranks.first:
         for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
@@ -85,14 +88,16 @@ def _check(
     return filled[0] if len(filled) == 1 else fill_defaults(arguments, model), filled, model
 
 
-def _check_images(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:
-    """Refuse lines of which some start from an image and others do not, where that decides how the model is loaded."""
-    given = [video.arguments.image is not None for video in wanted]
-    if model.may_take_image and len(set(given)) > 1:
-        raise ValueError(
-            f"{wanted[given.index(True)].place} starts from an image, {wanted[given.index(False)].place} from text alone; "
-            "put them into two files"
-        )
+def _check_alike(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:
+    """Refuse lines of which some start from an image or a video and others do not, where that decides how the model is
+    loaded."""
+    for name, decides in (("image", model.may_take_image), ("video", not model.takes_control)):
+        given = [getattr(video.arguments, name) is not None for video in wanted]
+        if decides and len(set(given)) > 1:
+            raise ValueError(
+                f"{wanted[given.index(True)].place} starts from {'an' if name == 'image' else 'a'} {name}, "
+                f"{wanted[given.index(False)].place} from text alone; put them into two files"
+            )
 
 
 def _filled(video: WantedVideo, model: WanModel) -> GenerateArguments:

@@ -11,17 +11,9 @@ from typing import Any
 
 import torch
 
-from sp_sparse.config import FLAG_PREFIX, SECOND_EXPERT
-from sp_sparse.flags import flag_of
+from sp_sparse.generate import defaults
 from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, TINY_MODELS, GenerateArguments
-from sp_sparse.generate.fits import (
-    Named,
-    check_frames,
-    check_guidance,
-    check_negative_prompt,
-    check_side,
-    size_for_picture,
-)
+from sp_sparse.generate.defaults import VideoDefaults, defaults_of
 from sp_sparse.generate.lora import load_lora
 from sp_sparse.generate.mini import MINI, mini_folder
 from sp_sparse.generate.random_models import (
@@ -30,31 +22,18 @@ from sp_sparse.generate.random_models import (
     tiny_image_to_video,
     tiny_text_image_to_video,
     tiny_text_to_video,
+    tiny_vace,
+    tiny_wan_2_1,
+    tiny_wan_2_1_image,
 )
 from sp_sparse.generate.tiles import enable_tiling
 
-_WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
+_TEXT, _IMAGE, _VIDEO = "WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"
+_CONTROL = "WanVACEPipeline"
+_WAN_PIPELINES = (_TEXT, _IMAGE, _VIDEO, _CONTROL)
+# Of the family, but with inputs that have no flags here.
+_LIBRARY_ALONE = ("WanAnimatePipeline",)
 _PIPELINE_MULTIPLE = 16  # diffusers' Wan pipelines refuse other sides, whatever the VAE
-
-
-@dataclass(frozen=True)
-class VideoDefaults:
-    """What a model makes if nothing is asked for."""
-
-    height: int
-    width: int
-    num_frames: int
-    fps: int
-    num_inference_steps: int
-    guidance_scale: float
-
-
-# 8 x 8 x 5 = 320 tokens, 20 blocks of 16.
-_TINY = VideoDefaults(128, 128, 17, 8, 4, 3.0)
-# 16 x 16 x 13 = 3,328 tokens, 52 blocks of 64: what it was trained on.
-_MINI = VideoDefaults(128, 128, 49, 16, 12, 3.0)
-_A14B = VideoDefaults(480, 832, 81, 16, 40, 4.0)
-_TI2V = VideoDefaults(704, 1280, 121, 24, 50, 5.0)
 
 
 @dataclass(frozen=True)
@@ -73,6 +52,10 @@ class WanModel:
         temporal_multiple: numbers of frames are a multiple of it, plus one.
         positions: patches that a side, and latent frames that a video, may have at most.
         takes_flow_shift: whether the scheduler has a shift that it uses.
+        takes_last_image: whether the video may end in an image, too.
+        needs_last_image: whether it must.
+        takes_video: whether it is loaded to make a video into another.
+        takes_control: whether a video, a mask and reference images may control it: VACE.
     """
 
     defaults: VideoDefaults
@@ -86,6 +69,10 @@ class WanModel:
     temporal_multiple: int = 4
     positions: int = 1024
     takes_flow_shift: bool = True
+    takes_last_image: bool = False
+    needs_last_image: bool = False
+    takes_video: bool = False
+    takes_control: bool = False
 
 
 def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
@@ -98,107 +85,10 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
         return _tiny(arguments)
     if arguments.model == RANDOM_A14B:
         load = partial(random_a14b, arguments.layers or RANDOM_LAYERS)
-        return WanModel(_A14B, False, False, False, _large_dtype(device), load)
+        return WanModel(defaults.T2V_A14B, False, False, False, _large_dtype(device), load)
     if arguments.model == MINI:
-        return replace(_pretrained(replace(arguments, model=str(mini_folder())), device), defaults=_MINI)
+        return replace(_pretrained(replace(arguments, model=str(mini_folder())), device), defaults=defaults.MINI)
     return _pretrained(arguments, device)
-
-
-def check_image(arguments: GenerateArguments, model: WanModel) -> None:
-    """Refuse an image too many or too few.
-
-    Raises:
-        ValueError: with what the model takes.
-    """
-    if arguments.image is not None and not model.takes_image:
-        raise ValueError(f"--image is given, but {arguments.model} makes videos from text alone; leave --image out")
-    if arguments.image is None and model.takes_image and not model.draws_image:
-        raise ValueError(f"{arguments.model} makes videos from an image; give its first frame with --image")
-    if arguments.image is not None and not Path(arguments.image).is_file():
-        raise ValueError(f"--image {arguments.image} is not a file; give a picture")
-    if arguments.image is not None:
-        picture_size(arguments.image)
-
-
-def check_video(arguments: GenerateArguments, model: WanModel, named: Named = flag_of) -> None:
-    """Refuse what the model would round, ignore or fail at, after its own values have been filled in.
-
-    Raises:
-        ValueError: with the nearest values that fit, or the setting to leave out.
-    """
-    for name, pixels in (("height", arguments.height), ("width", arguments.width)):
-        assert pixels is not None  # filled
-        check_side(name, pixels, model.spatial_multiple, named)
-        if pixels > (most := model.positions * model.spatial_multiple):
-            raise ValueError(
-                f"{named(name)} {pixels} is above the {most} that {arguments.model} has places for; use less"
-            )
-    assert arguments.num_frames is not None
-    check_frames(arguments.num_frames, model.temporal_multiple, named)
-    if arguments.num_frames > (most := (model.positions - 1) * model.temporal_multiple + 1):
-        raise ValueError(
-            f"{named('num_frames')} {arguments.num_frames} is above the {most} that {arguments.model} has places for; use "
-            "fewer"
-        )
-    check_guidance(arguments.guidance_scale, arguments.guidance_scale_2, model.experts, arguments.model, named)
-    check_negative_prompt(arguments.guidance_scale, arguments.negative_prompt, named)
-    if arguments.flow_shift is not None and not model.takes_flow_shift:
-        raise ValueError(
-            f"{named('flow_shift')} {arguments.flow_shift:g}: the scheduler of {arguments.model} has no shift, or does not "
-            f"use it; leave {named('flow_shift')} out"
-        )
-
-
-def check_second_expert(arguments: GenerateArguments, model: WanModel) -> None:
-    """Refuse what is for an expert that the model has not.
-
-    Raises:
-        ValueError: with the setting to leave out.
-    """
-    if model.experts > 1:
-        return
-    if arguments.lora_2:
-        raise ValueError(
-            f"--lora-2 {arguments.lora_2[0]} is for a second expert, which {arguments.model} has not; use --lora"
-        )
-    if arguments.boundary_ratio is not None:
-        raise ValueError(
-            f"--boundary-ratio {arguments.boundary_ratio:g} is for a second expert, which {arguments.model} has "
-            "not; leave --boundary-ratio out"
-        )
-    for name in SECOND_EXPERT:
-        if getattr(arguments.sparse, name) not in (None, ()):
-            flag = flag_of(FLAG_PREFIX + name)
-            raise ValueError(f"{flag} is for a second expert, which {arguments.model} has not; use {flag[:-2]}")
-
-
-def fill_defaults(arguments: GenerateArguments, model: WanModel) -> GenerateArguments:
-    """The arguments with the model's own values for what they leave open; sizes follow the picture, where there is one."""
-    if arguments.image is not None and (arguments.height is None or arguments.width is None):
-        pixels = model.defaults.height * model.defaults.width
-        height, width = size_for_picture(
-            picture_size(arguments.image), arguments.height, arguments.width, pixels, model.spatial_multiple
-        )
-        arguments = replace(arguments, height=height, width=width)
-    open_names = [name for name in vars(model.defaults) if getattr(arguments, name) is None]
-    return replace(arguments, **{name: getattr(model.defaults, name) for name in open_names})
-
-
-def picture_size(path: str) -> tuple[int, int]:
-    """Width and height, as the picture is meant to be seen; all of it is read.
-
-    Raises:
-        ValueError: it is no picture.
-    """
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as image:
-            image.load()
-            size: tuple[int, int] = ImageOps.exif_transpose(image).size
-            return size
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"--image {path} cannot be read ({error}); give a PNG, JPEG or WebP picture") from error
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
@@ -246,49 +136,61 @@ def _large_dtype(device: torch.device) -> torch.dtype:
 
 
 def _tiny(arguments: GenerateArguments) -> WanModel:
-    from_image = arguments.model == "tiny-i2v" or (arguments.model == "tiny-ti2v" and arguments.image is not None)
+    name = arguments.model
+    from_image = name in ("tiny-i2v", "tiny-2.1-i2v") or (name == "tiny-ti2v" and arguments.image is not None)
+    is_ti2v = name == "tiny-ti2v"
+    experts = 2 if name in ("tiny", "tiny-i2v") else 1
+    from_video = arguments.video is not None and name == "tiny-2.1"
     build: dict[str, Callable[[torch.dtype], Any]] = {
         "tiny": tiny_text_to_video,
         "tiny-i2v": tiny_image_to_video,
         "tiny-ti2v": lambda dtype: tiny_text_image_to_video(dtype, from_image),
+        "tiny-2.1": lambda dtype: tiny_wan_2_1(dtype, from_video),
+        "tiny-2.1-i2v": tiny_wan_2_1_image,
+        "tiny-vace": tiny_vace,
     }
-    defaults = _TINY
-    experts, multiple = 2, 16
-    if arguments.model == "tiny-ti2v":
-        experts, multiple = 1, 32
-        defaults = replace(_TINY, height=192, width=192)  # its VAE shrinks by 16: 6 x 6 x 5 = 180 tokens
     return WanModel(
-        defaults=defaults,
+        defaults=defaults.TINY_TI2V if is_ti2v else defaults.TINY,
         takes_image=from_image,
-        may_take_image=from_image or arguments.model == "tiny-ti2v",
+        may_take_image=from_image or is_ti2v,
         draws_image=True,
         dtype=torch.float32,
-        load=lambda device, dtype: build[arguments.model](dtype),
+        load=lambda device, dtype: build[name](dtype),
         experts=experts,
-        spatial_multiple=multiple,
+        spatial_multiple=32 if is_ti2v else 16,
         positions=TINY_POSITIONS,
+        takes_last_image=name == "tiny-i2v",
+        takes_video=from_video,
+        takes_control=name == "tiny-vace",
     )
 
 
 def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
     index = _pipeline_index(arguments.model)
     name = index.get("_class_name")
+    if name in _LIBRARY_ALONE:
+        raise ValueError(
+            f"{arguments.model} holds a {name}, whose inputs have no flags here; load it with diffusers, and make it sparse "
+            "by sp_sparse.integrations.diffusers.enable_sparse_attention(pipe, config, mesh), as docs/family.md shows"
+        )
     if name not in _WAN_PIPELINES:
         raise ValueError(
             f"{arguments.model} holds a {name}, which is not a Wan pipeline; use one of {', '.join(_WAN_PIPELINES)}"
         )
     per_token = bool(index.get("expand_timesteps"))
     # TI2V-5B is published as a WanPipeline and starts from an image in the other class.
-    from_image = name == "WanImageToVideoPipeline" or (per_token and arguments.image is not None)
-    class_name = "WanImageToVideoPipeline" if from_image else name
+    from_image = name == _IMAGE or (per_token and arguments.image is not None)
+    is_vace = name == _CONTROL
+    # As the model's authors run them.
+    exact = [part for part in ("vae", "image_encoder") if (index.get(part) or [None])[0] is not None]
 
     def load(device: torch.device, dtype: torch.dtype) -> Any:
         import diffusers
 
+        class_name = _CONTROL if is_vace else _VIDEO if from_video else _IMAGE if from_image else _TEXT
         pipeline = getattr(diffusers, class_name)
-        # The VAE in float32, as the model's authors run it; straight to the device, since the CPU memory of a machine
-        # does not hold the weights once a rank.
-        dtypes = {"default": dtype, "vae": torch.float32}
+        # Straight to the device, since the CPU memory of a machine does not hold the weights once a rank.
+        dtypes = {"default": dtype, **dict.fromkeys(exact, torch.float32)}
         return pipeline.from_pretrained(arguments.model, dtype=dtypes, device_map=device.type)
 
     vae, transformer = (_part_config(arguments.model, part) for part in ("vae", "transformer"))
@@ -299,20 +201,28 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
             f"model_index.json of {arguments.model} has boundary_ratio {index.get('boundary_ratio')} and "
             f"{'a' if has_second else 'no'} transformer_2; give a folder with both, or with neither"
         )
+    experts, scale = 2 if has_second else 1, vae.get("scale_factor_spatial", 8)
+    # That loop runs one expert, and takes its VAE to shrink by 8.
+    from_video = arguments.video is not None and not (from_image or is_vace) and experts == 1 and scale == 8
+    # Wan 2.1 embeds its images, in as many places as the weights have; Wan 2.2 does not.
+    embeds_images = transformer.get("image_dim") is not None
+    two_images = from_image and embeds_images and transformer.get("pos_embed_seq_len") is not None
     return WanModel(
-        defaults=_TI2V if per_token else _A14B,
+        defaults=defaults_of(from_image, per_token, experts, two_images),
         takes_image=from_image,
         may_take_image=from_image or per_token,
         draws_image=False,
         dtype=_large_dtype(device),
         load=load,
-        experts=2 if has_second else 1,
-        spatial_multiple=math.lcm(
-            _PIPELINE_MULTIPLE, *(vae.get("scale_factor_spatial", 8) * side for side in patch[1:])
-        ),
+        experts=experts,
+        spatial_multiple=math.lcm(_PIPELINE_MULTIPLE, *(scale * side for side in patch[1:])),
         temporal_multiple=vae.get("scale_factor_temporal", 4),
         positions=transformer.get("rope_max_seq_len", 1024),
         takes_flow_shift=_takes_flow_shift(arguments.model, index),
+        takes_last_image=two_images or (from_image and not embeds_images and not per_token),
+        needs_last_image=two_images,
+        takes_video=from_video,
+        takes_control=is_vace,
     )
 
 

@@ -26,16 +26,25 @@ class PromptLine:
     prompt: str | None = _own("prompt")
     negative_prompt: str | None = _own("negative_prompt")
     image: str | None = _own("image")
+    last_image: str | None = _own("last_image")
+    video: str | None = _own("video")
+    strength: float | None = _own("strength")
+    mask: str | None = _own("mask")
+    reference_image: tuple[str, ...] | None = _own("reference_image")
+    conditioning_scale: float | None = _own("conditioning_scale")
     height: int | None = _own("height")
     width: int | None = _own("width")
     num_frames: int | None = _own("num_frames")
     seed: int | None = _own("seed")
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "negative_prompt", "image"):
+        for name in ("prompt", "negative_prompt", "image", "last_image", "video", "mask"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"{name} {value!r} is not a text; write it in quotes")
+        images = self.reference_image
+        if images is not None and not (isinstance(images, list) and all(isinstance(path, str) for path in images)):
+            raise ValueError(f'reference_image {images!r} is not a list of texts; write ["cat.png"]')
         check_numbers(self, str)
 
 

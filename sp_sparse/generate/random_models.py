@@ -1,4 +1,4 @@
-"""Wan 2.2 with random weights: whole pipelines in miniature, and the A14B transformers in full width."""
+"""Wan with random weights: whole pipelines in miniature, and the A14B transformers in full width."""
 
 from __future__ import annotations
 
@@ -61,6 +61,49 @@ def tiny_text_image_to_video(dtype: torch.dtype, from_image: bool) -> Any:
     return pipeline(**_parts(), transformer=expert, vae=_vae_48(), expand_timesteps=True)
 
 
+def tiny_wan_2_1(dtype: torch.dtype, from_video: bool = False) -> Any:
+    """One expert of 8 heads and a VAE of 16 channels, in the topology of Wan 2.1 T2V."""
+    from diffusers import WanPipeline, WanVideoToVideoPipeline
+
+    pipeline = WanVideoToVideoPipeline if from_video else WanPipeline
+    expert = _transformer(1, dtype, num_attention_heads=8, in_channels=16, out_channels=16, **_TINY)
+    return pipeline(**_parts(), transformer=expert, vae=_vae_16())
+
+
+def tiny_wan_2_1_image(dtype: torch.dtype, last_image: bool = False) -> Any:
+    """As `tiny_wan_2_1`, with the first frame in 20 more input channels and in cross-attention: Wan 2.1 I2V, or with
+    `last_image` FLF2V, which has the last frame there, too."""
+    from diffusers import WanImageToVideoPipeline
+
+    encoder, processor = _image_encoder()
+    size = encoder.config
+    places = (size.image_size // size.patch_size) ** 2 + 1
+    expert = _transformer(
+        1,
+        dtype,
+        num_attention_heads=8,
+        in_channels=36,
+        out_channels=16,
+        image_dim=size.hidden_size,
+        added_kv_proj_dim=8 * _TINY["attention_head_dim"],
+        pos_embed_seq_len=2 * places if last_image else None,
+        **_TINY,
+    )
+    images = {"image_encoder": encoder, "image_processor": processor}
+    return WanImageToVideoPipeline(**_parts(), **images, transformer=expert, vae=_vae_16())
+
+
+def tiny_vace(dtype: torch.dtype) -> Any:
+    """VACE: `tiny_wan_2_1` of three layers, with a control path whose two blocks give hints to the first and the last."""
+    from diffusers import WanVACEPipeline
+
+    config = {**_TINY, "num_layers": 3, "vace_layers": [0, 2], "vace_in_channels": 96}
+    expert = _transformer(
+        1, dtype, "WanVACETransformer3DModel", num_attention_heads=8, in_channels=16, out_channels=16, **config
+    )
+    return WanVACEPipeline(**_parts(), transformer=expert, vae=_vae_16())
+
+
 def random_a14b(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
     """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
     measuring."""
@@ -82,13 +125,13 @@ def _experts(dtype: torch.dtype, **config: Any) -> dict[str, Any]:
     return {"transformer": _transformer(1, dtype, **config), "transformer_2": _transformer(2, dtype, **config)}
 
 
-def _transformer(seed: int, dtype: torch.dtype, **config: Any) -> Any:
-    from diffusers import WanTransformer3DModel
+def _transformer(seed: int, dtype: torch.dtype, kind: str = "WanTransformer3DModel", **config: Any) -> Any:
+    import diffusers
 
     with _seeded(seed), _default_dtype(dtype), torch.no_grad():
-        model: Any = WanTransformer3DModel(patch_size=(1, 2, 2), cross_attn_norm=True, **config)
+        model: Any = getattr(diffusers, kind)(patch_size=(1, 2, 2), cross_attn_norm=True, **config)
         model.eval()
-        for block in model.blocks:
+        for block in (*model.blocks, *getattr(model, "vace_blocks", ())):
             block.attn1.norm_q.weight.mul_(_NORM_SCALE)
             block.attn1.norm_k.weight.mul_(_NORM_SCALE)
     for name, parameter in model.named_parameters():
@@ -113,6 +156,25 @@ def _parts() -> dict[str, Any]:
         "text_encoder": encoder,
         "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     }
+
+
+def _image_encoder() -> tuple[Any, Any]:
+    """CLIP's, of 32-pixel images in 4 patches, and what prepares images for it."""
+    from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
+
+    side = 32
+    config = CLIPVisionConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=side,
+        patch_size=side // 2,
+    )
+    with _seeded(5):
+        encoder = CLIPVisionModel(config).eval()
+    size = {"height": side, "width": side}
+    return encoder, CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size)
 
 
 def _vae_16() -> Any:

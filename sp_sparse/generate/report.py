@@ -68,7 +68,7 @@ def attention_report(
     return {
         "calls": summary["calls"],
         "dense_calls": sum(place["dense_calls"] for place in densities),
-        # Every (expert, layer, step) attends equally many pairs when dense.
+        # Every (expert, layer, step) attends equally many pairs when dense; of VACE a layer and its control block are one.
         "mean_density": sum(place["density"] for place in densities) / len(densities),
         "densities": densities,
     }

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -20,6 +19,7 @@ from sp_sparse.generate.files import numbered, save_video, whole_file
 from sp_sparse.generate.models import shift_of
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.stages import Stages, StepClock
+from sp_sparse.generate.start import Start
 
 _TEXT_LENGTH = 512
 
@@ -59,15 +59,11 @@ def denoise(
     arguments: GenerateArguments,
     prompt: EncodedPrompt,
     clock: StepClock,
-    image: Any | None,
+    start: Start,
     seeds: Sequence[int] = (),
 ) -> Tensor:
     """The final latents `[B, C, T, H, W]`, from the noise of `seeds`, one a prompt; by default that of the arguments."""
-    inputs: dict[str, Any] = {}
-    if image is not None:
-        assert arguments.height is not None  # filled
-        assert arguments.width is not None
-        inputs["image"] = fill_frame(image, arguments.height, arguments.width)
+    inputs = start.inputs(arguments)
     # A pipeline without a second expert refuses its guidance scale.
     if arguments.guidance_scale_2 is not None:
         inputs["guidance_scale_2"] = arguments.guidance_scale_2
@@ -80,7 +76,6 @@ def denoise(
             negative_prompt_embeds=prompt.negative,
             height=arguments.height,
             width=arguments.width,
-            num_frames=arguments.num_frames,
             num_inference_steps=arguments.num_inference_steps,
             guidance_scale=arguments.guidance_scale,
             generator=generator,
@@ -88,7 +83,7 @@ def denoise(
             callback_on_step_end=clock,
             **inputs,
         ).frames
-    return latents
+    return latents[:, :, len(start.references) :]  # VACE gives its reference images first
 
 
 @contextmanager
@@ -107,32 +102,6 @@ def seeded_steps(scheduler: Any, generator: torch.Generator | list[torch.Generat
             del scheduler.step
         else:
             scheduler.step = before
-
-
-def first_frame(arguments: GenerateArguments) -> Any:
-    """The image that the video starts from; where none is given, a drawn one."""
-    from PIL import Image, ImageOps
-
-    if arguments.image is not None:
-        with Image.open(arguments.image) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    height, width = arguments.height or 1, arguments.width or 1
-    rows, columns = np.mgrid[0:height, 0:width]
-    channels = (rows * 255 // height, columns * 255 // width, (rows // 16 + columns // 16) % 2 * 255)
-    return Image.fromarray(np.stack(channels, axis=-1).astype(np.uint8))
-
-
-def fill_frame(image: Any, height: int, width: int) -> Any:
-    """The picture scaled until it fills the frame, and cropped equally on two sides: stretching would distort it."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-
-
-def cropped_share(picture: tuple[int, int], height: int, width: int) -> float:
-    """The share of a picture of this width and height that `fill_frame` crops."""
-    wide = picture[0] * height / (picture[1] * width)
-    return 1.0 - min(wide, 1.0 / wide)
 
 
 @dataclass(frozen=True)
@@ -164,7 +133,7 @@ class VideoMaker:
     pipe: Any
     arguments: GenerateArguments
     ranks: Ranks
-    image: Any | None
+    start: Start
 
     def make(self, prompt: EncodedPrompt, stages: Stages, repeat: int = 1) -> Video:
         """Denoise on every rank; decode on rank 0, or where the video is in tiles on every rank. A collective call."""
@@ -172,7 +141,7 @@ class VideoMaker:
         for _ in range(repeat):
             clock = StepClock(self.ranks.device)
             with stages.measure("denoise"):
-                latents = denoise(self.pipe, self.arguments, prompt, clock, self.image)
+                latents = denoise(self.pipe, self.arguments, prompt, clock, self.start)
             seconds.append(tuple(clock.seconds))
         decoding = VideoDecoding(self.pipe, latents, self.ranks)
         if self.arguments.vae_tiling:
@@ -192,7 +161,7 @@ class VideoMaker:
     def _made(self, video: Video, frames: Tensor) -> dict[str, Any]:
         """What was made, from the frames, the steps and the pipeline that made them."""
         arguments, pipe = self.arguments, self.pipe
-        two_experts = pipe.config.boundary_ratio is not None
+        boundary_ratio = pipe.config.get("boundary_ratio")  # video-to-video has none
         second = arguments.guidance_scale if arguments.guidance_scale_2 is None else arguments.guidance_scale_2
         return {
             "height": frames.shape[1],
@@ -201,25 +170,17 @@ class VideoMaker:
             "fps": self._fps,
             "num_inference_steps": len(video.step_seconds[-1]),
             "guidance_scale": arguments.guidance_scale,
-            "guidance_scale_2": second if two_experts else None,
-            "boundary_ratio": pipe.config.boundary_ratio,
+            "guidance_scale_2": second if boundary_ratio is not None else None,
+            "boundary_ratio": boundary_ratio,
             "scheduler": type(pipe.scheduler).__name__,
             "negative_prompt": arguments.negative_prompt,
             "seed": arguments.seed,
             "flow_shift": shift_of(pipe.scheduler),
-            "image": self.image_told(),
+            "strength": arguments.strength,
+            "conditioning_scale": arguments.conditioning_scale,
+            "reference_image": list(arguments.reference_image),
+            **self.start.told(arguments),
         }
-
-    def image_told(self) -> dict[str, Any] | None:
-        """The picture that the video starts from, and how much of it was cropped; None without one of the user's."""
-        arguments = self.arguments
-        if self.image is None or arguments.image is None:
-            return None
-        assert arguments.height is not None  # filled
-        assert arguments.width is not None
-        width, height = self.image.size
-        cropped = cropped_share((width, height), arguments.height, arguments.width)
-        return {"path": arguments.image, "width": width, "height": height, "cropped_share": cropped}
 
     def save(self, video: Video, number: int, count: int, stages: Stages) -> dict[str, Any]:
         """Write the video of this number among `count` on rank 0, and tell the report about it."""

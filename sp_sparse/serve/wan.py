@@ -17,21 +17,17 @@ from torch import Tensor
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.asked import check_video, fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
 from sp_sparse.generate.checks import checked_model
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import save_video
-from sp_sparse.generate.models import (
-    WanModel,
-    check_video,
-    fill_defaults,
-    fresh_scheduler,
-    load_pipeline,
-)
+from sp_sparse.generate.models import WanModel, fresh_scheduler, load_pipeline
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
-from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt, first_frame
+from sp_sparse.generate.start import Start
+from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt
 from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.serve.arguments import ServeArguments
 from sp_sparse.serve.backend import (
@@ -53,7 +49,7 @@ class _Encoded:
 
     arguments: GenerateArguments
     prompt: EncodedPrompt
-    image: Any | None
+    start: Start
 
 
 class WanBackend:
@@ -67,6 +63,16 @@ class WanBackend:
         """
         self._base, self._ranks, self._offload = arguments.base(), ranks, arguments.offload_text_encoder
         self._model = checked_model(self._base, ranks)
+        if self._model.needs_last_image:
+            raise ValueError(
+                f"{self._base.model} makes videos between two images, and a request has one; make them with "
+                "python -m sp_sparse.generate --image … --last-image …"
+            )
+        if self._model.takes_control:
+            raise ValueError(
+                f"{self._base.model} is VACE, and a request has neither its video nor its images; make them with "
+                "python -m sp_sparse.generate"
+            )
         check_video(fill_defaults(self._base, self._model), self._model)
         self._card = _card(arguments, self._model)
         self._recorder = AttentionRecorder()
@@ -123,17 +129,16 @@ class WanBackend:
         finally:
             if moved:
                 encoder.to("cpu")
-        image = None
-        if job.image is not None:
+        if job.image is None:
+            start = Start.of(arguments, self._model)
+        else:
             from PIL import Image
 
-            image = Image.open(io.BytesIO(job.image)).convert("RGB")
-        elif self._model.takes_image:
-            image = first_frame(arguments)
-        return _Encoded(arguments, prompt, image)
+            start = Start(Image.open(io.BytesIO(job.image)).convert("RGB"))
+        return _Encoded(arguments, prompt, start)
 
     def denoise(self, job: JobParameters, encoded: _Encoded, on_step: Callable[[], None]) -> Tensor:
-        arguments, pipe = encoded.arguments, self._pipe if encoded.image is None else self._image_pipe
+        arguments, pipe = encoded.arguments, self._pipe if encoded.start.image is None else self._image_pipe
         # Made from the one that was loaded: another job's may have another shift, or have stopped amid its steps.
         scheduler = fresh_scheduler(self._scheduler, arguments.flow_shift)
         self._pipe.scheduler = self._image_pipe.scheduler = scheduler
@@ -142,7 +147,7 @@ class WanBackend:
         if self._ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._ranks.device)
         clock = _TellingClock(self._ranks.device, on_step)
-        latents = denoise(pipe, arguments, encoded.prompt, clock, encoded.image)
+        latents = denoise(pipe, arguments, encoded.prompt, clock, encoded.start)
         _check_finite("latents", latents)
         return latents
 

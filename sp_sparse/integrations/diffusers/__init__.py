@@ -1,7 +1,8 @@
-"""Sparse, sequence-parallel Wan 2.2 in diffusers: one call turns a pipeline or a transformer, another turns it back."""
+"""Sparse, sequence-parallel Wan in diffusers: one call turns a pipeline or a transformer, another turns it back."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -13,9 +14,20 @@ from torch import Tensor, nn
 from sp_sparse.attention import SparseAttention
 from sp_sparse.config import SECOND_EXPERT, SparseAttentionConfig
 from sp_sparse.integrations.diffusers.agree import ForwardAgreement, SchedulerAgreement
+from sp_sparse.integrations.diffusers.branches import BranchesByOrder, tells_no_branch
 from sp_sparse.integrations.diffusers.caches import CacheAgreement
 from sp_sparse.integrations.diffusers.call import WanCall
 from sp_sparse.integrations.diffusers.cfg import BranchParallel, GuidanceHalves
+from sp_sparse.integrations.diffusers.face import FrameAlignedProcessor
+from sp_sparse.integrations.diffusers.family import (
+    ANIMATE,
+    VACE,
+    WAN,
+    attending_blocks,
+    entrances,
+    input_names,
+    kind_of,
+)
 from sp_sparse.integrations.diffusers.forward_end import ForwardEnd
 from sp_sparse.integrations.diffusers.position import LoopPosition, SchedulerSteps, StepSource, no_steps
 from sp_sparse.integrations.diffusers.processor import SparseWanProcessor
@@ -60,11 +72,13 @@ def enable_sparse_attention(
 
     Tokens are put in order and cut once, where they enter the blocks (hidden states, rotary tables and per-token timesteps
     alike), and put back where they leave. Cross-attention stays as it is. With backend `none` nothing at all is touched.
-    A collective call on meshes of several ranks.
+    The control path of VACE is sparse, too; each of its blocks is scheduled as the layer whose hint it makes. A collective
+    call on meshes of several ranks.
 
     Args:
-        target: a `WanPipeline`, `WanImageToVideoPipeline` or other pipeline with a `transformer` and perhaps a
-            `transformer_2`, each a `WanTransformer3DModel`; or one such transformer.
+        target: a `WanPipeline`, `WanImageToVideoPipeline`, `WanVideoToVideoPipeline`, `WanVACEPipeline`,
+            `WanAnimatePipeline` or other pipeline with a `transformer` and perhaps a `transformer_2`, each a
+            `WanTransformer3DModel`, `WanVACETransformer3DModel` or `WanAnimateTransformer3DModel`; or one such transformer.
         config: what is sparse, and how.
         mesh: the process groups; by default this rank alone.
         recorder: collects what really ran.
@@ -93,13 +107,13 @@ def enable_sparse_attention(
         head_dim = model.config.attention_head_dim
         like = like if like is not None and like.head_dim == head_dim else None
         layers[expert] = []
-        for layer in range(len(model.blocks)):
+        for attending in attending_blocks(model):
             made = SparseAttention(
                 config,
                 mesh,
                 num_heads=model.config.num_attention_heads,
                 head_dim=head_dim,
-                layer=layer,
+                layer=attending.layer,
                 expert=expert,
                 recorder=recorder,
                 like=like,
@@ -110,6 +124,9 @@ def enable_sparse_attention(
 
     def place() -> None:
         for expert, model in models.items():
+            if tells_no_branch(target):
+                for hook in BranchesByOrder(target, model).hooks():
+                    handle._undo.callback(hook().remove)
             _attach(model, layers[expert], mesh, config, step_source, scheduler, halves, standing, handle._undo)
             handle.layers += layers[expert]
         if scheduler is not None:
@@ -126,21 +143,19 @@ def enable_sparse_attention(
 
 def _transformers(target: Any) -> dict[int, Any]:
     """Expert number -> transformer."""
-    from diffusers import WanTransformer3DModel
-
     _check_not_compiled(target)
-    if isinstance(target, WanTransformer3DModel):
+    if kind_of(target) is not None:
         return {0: target}
     found = {i: getattr(target, name, None) for i, name in enumerate(("transformer", "transformer_2"))}
     models = {i: model for i, model in found.items() if model is not None}
     for model in models.values():
         _check_not_compiled(model)
-    if not models or not all(isinstance(model, WanTransformer3DModel) for model in models.values()):
+    if not models or not all(kind_of(model) for model in models.values()):
         has = " and ".join(type(model).__name__ for model in models.values())
         raise TypeError(
             f"{type(target).__name__}{' has ' + has + ', which' if has else ''} is not taken: sparse attention is for "
-            "WanTransformer3DModel and the pipelines made of it, such as WanPipeline and WanImageToVideoPipeline; pass one "
-            "of these, or leave this one as it is (backend 'none')"
+            f"{WAN}, {VACE}, {ANIMATE} and the pipelines made of them, such as WanPipeline and WanImageToVideoPipeline; "
+            "pass one of these, or leave this one as it is (backend 'none')"
         )
     return models
 
@@ -161,8 +176,9 @@ def _check_read(config: SparseAttentionConfig, models: dict[int, Any]) -> None:
             )
 
 
-def _shape(model: Any) -> tuple[int, int, int]:
-    return len(model.blocks), model.config.num_attention_heads, model.config.attention_head_dim
+def _shape(model: Any) -> tuple[object, ...]:
+    layers = tuple(attending.layer for attending in attending_blocks(model))
+    return kind_of(model), layers, model.config.num_attention_heads, model.config.attention_head_dim
 
 
 def _check_not_compiled(model: Any) -> None:
@@ -176,7 +192,7 @@ def _check_not_compiled(model: Any) -> None:
 
 
 def _check_untouched(model: Any) -> None:
-    if any(isinstance(block.attn1.processor, SparseWanProcessor) for block in model.blocks):
+    if any(isinstance(found.block.attn1.processor, SparseWanProcessor) for found in attending_blocks(model)):
         raise RuntimeError("this transformer is sparse already; call remove() on what enable_sparse_attention returned")
     if getattr(model, "_parallel_config", None) is not None:
         raise RuntimeError(
@@ -198,10 +214,14 @@ def _attach(
 ) -> None:
     call = WanCall(mesh, config.token_order, layers[0].shards, standing)
     position = LoopPosition(step_source)
-    agree, cache = ForwardAgreement(mesh, keeps_latents=scheduler is None), CacheAgreement(model, mesh, undo)
+    agree = ForwardAgreement(mesh, input_names(model), keeps_latents=scheduler is None)
+    cache = CacheAgreement(model, mesh, undo)
     needs_step = config.schedule_for(layers[0].expert).needs_step
     patch = model.config.patch_size
-    end = ForwardEnd(model, layers, call, mesh, standing, agree.confirm)
+    attentions = [found.block.attn1 for found in attending_blocks(model)]
+    placed: list[tuple[Any, type[Any]]] = [(attn, SparseWanProcessor) for attn in attentions]
+    placed += [(adapter, FrameAlignedProcessor) for adapter in getattr(model, "face_adapter", ())]
+    end = ForwardEnd(model, layers, attentions, call, mesh, standing, agree.confirm)
 
     @torch.compiler.disable
     def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -211,7 +231,7 @@ def _attach(
         )
         grid = VideoGrid(*(n // p for n, p in zip(latents.shape[2:], patch, strict=True)))
         step, num_steps = position.steps(timestep)
-        replaced = any(block.attn1.processor.__class__ is not SparseWanProcessor for block in model.blocks)
+        replaced = any(attn.processor.__class__ is not ours for attn, ours in placed)
         settings = {"step": step, "number of steps": num_steps, "grid": grid.shape, "step cache": cache.told()}
         call.begin(step, num_steps)
         with call.says_lost_rank():
@@ -219,8 +239,8 @@ def _attach(
             args, kwargs = agree({**settings, "replaced processors": replaced}, position.branch, args, kwargs)
         if replaced:
             raise RuntimeError(
-                "a self-attention processor was replaced after enable_sparse_attention, so that block would attend only "
-                "this rank's tokens; call remove() first"
+                "an attention processor was replaced after enable_sparse_attention, so that block would attend only this "
+                "rank's tokens, or the wrong ones; call remove() first"
             )
         if step is None and needs_step:
             raise ValueError(
@@ -247,17 +267,13 @@ def _attach(
         if raised is not None:
             raise raised
 
-    for block, layer in zip(model.blocks, layers, strict=True):
-        processor = SparseWanProcessor(layer, call, block.attn1.processor)
-        undo.callback(processor.remove_from, block.attn1)
-        block.attn1.set_processor(processor)
+    for attn, layer in zip(attentions, layers, strict=True):
+        processor = SparseWanProcessor(layer, call, attn.processor)
+        undo.callback(processor.remove_from, attn)
+        attn.set_processor(processor)
     hooks: tuple[Callable[[], Any], ...] = (
         lambda: model.register_forward_pre_hook(before_forward, with_kwargs=True),
-        lambda: model.rope.register_forward_hook(lambda m, a, tables: tuple(call.enter(table, 1) for table in tables)),
-        # [B, C, T, H, W] -> [B, C, S_rank, 1, 1], which the model flattens to this rank's tokens.
-        lambda: model.patch_embedding.register_forward_hook(
-            lambda m, a, x: call.enter(x.flatten(2), 2)[..., None, None]
-        ),
+        *entrances(model, call),
         lambda: model.proj_out.register_forward_hook(lambda m, a, x: call.leave(x)),
     )
     for hook in hooks:
@@ -270,10 +286,12 @@ def _attach(
         shadows.place("cache_context", position.listening)
         return
 
+    channels = model.proj_out.out_features // math.prod(patch)
+
     def place_branches() -> None:
         shadows.place(
             "forward",
-            lambda forward: BranchParallel(forward, halves, model.config.out_channels, lambda: position.branch, end),
+            lambda forward: BranchParallel(forward, halves, channels, lambda: position.branch, end),
         )
 
     place_branches()

@@ -23,8 +23,8 @@ from sp_sparse.parallel.collectives import all_from_first, from_first
 from sp_sparse.parallel.failures import Standing
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
-# In the order of the parameters of WanTransformer3DModel.forward.
-_INPUTS = ("hidden_states", "timestep", "encoder_hidden_states", "encoder_hidden_states_image")
+# The first inputs of a forward, which are new at each step.
+_STEPPED = 2
 _ROUNDING = 0.05
 _REMEDY = "run the same loop with the same arguments on every rank"
 
@@ -39,9 +39,13 @@ class ForwardAgreement:
     inputs that are new. Nothing waits for the device then.
     """
 
-    def __init__(self, mesh: SequenceParallelMesh, keeps_latents: bool) -> None:
-        """`keeps_latents`: nobody makes the latents of the loop alike, so ranks that differ in them must be refused."""
-        self._mesh, self._keeps_latents = mesh, keeps_latents
+    def __init__(self, mesh: SequenceParallelMesh, inputs: Sequence[str], keeps_latents: bool) -> None:
+        """
+        Args:
+            inputs: names of the tensors that a forward takes, in the order of its parameters: latents, timestep, others.
+            keeps_latents: nobody makes the latents of the loop alike, so ranks that differ in them must be refused.
+        """
+        self._mesh, self._names, self._keeps_latents = mesh, tuple(inputs), keeps_latents
         self._halves = mesh.sequence_groups
         self._kept: dict[str, tuple[_Agreed, ...]] = {}
         self._latents: _Latents | None = None
@@ -59,7 +63,7 @@ class ForwardAgreement:
             return args, dict(kwargs)
         second = branch == "uncond" and self._mesh.cfg_degree > 1
         groups = self._halves if second else self._mesh.groups
-        inputs = {**dict(zip(_INPUTS, args, strict=False)), **{n: kwargs[n] for n in _INPUTS if n in kwargs}}
+        inputs = {**dict(zip(self._names, args, strict=False)), **{n: kwargs[n] for n in self._names if n in kwargs}}
         tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
         shapes = {name: (tuple(x.shape), x.dtype) for name, x in tensors.items()}
         found = {name: self._find(name, x, second) for name, x in tensors.items()}
@@ -73,20 +77,20 @@ class ForwardAgreement:
             groups,
             tensors["hidden_states"].device,
             _REMEDY,
-            [found.get(name) is None for name in _INPUTS],
+            [found.get(name) is None for name in self._names],
         )
-        sent = {name for name, is_new in zip(_INPUTS, new, strict=True) if is_new and name in tensors}
+        sent = {name for name, is_new in zip(self._names, new, strict=True) if is_new and name in tensors}
         agreed = {name: kept.value for name, kept in found.items() if kept is not None}
         # Texts are sent once a loop, so they do not keep the latents' buffer.
-        for names in (_INPUTS[:2], _INPUTS[2:]):
+        for names in (self._names[:_STEPPED], self._names[_STEPPED:]):
             these = [name for name in names if name in sent]
             for name, x in zip(these, all_from_first([tensors[name] for name in these], groups), strict=True):
                 agreed[name] = x
                 self._keep(name, tensors[name], x, not second)
         if self._keeps_latents and "hidden_states" in sent:
             self._latents = _Latents(tensors["hidden_states"], agreed["hidden_states"], groups)
-        replaced = tuple(agreed.get(name, x) for name, x in zip(_INPUTS, args, strict=False))
-        return (*replaced, *args[len(_INPUTS) :]), {name: agreed.get(name, x) for name, x in kwargs.items()}
+        replaced = tuple(agreed.get(name, x) for name, x in zip(self._names, args, strict=False))
+        return (*replaced, *args[len(self._names) :]), {name: agreed.get(name, x) for name, x in kwargs.items()}
 
     def confirm(self) -> None:
         """Called by every rank where the host has given the device all of the forward, so that waiting costs nothing.
@@ -100,13 +104,17 @@ class ForwardAgreement:
 
     def _find(self, name: str, x: Tensor, second: bool) -> _Agreed | None:
         """What the ranks have agreed on for this very tensor: texts are the same at each step, latents in both branches."""
-        return next((kept for kept in self._kept.get(name, ()) if kept.is_for(x) and (kept.by_all or second)), None)
+        every = self._kept.get(name, ())
+        found = next((kept for kept in every if kept.is_for(x) and (kept.by_all or second)), None)
+        if found is not None:  # to the front, so that what is new at each step takes the other place
+            self._kept[name] = (found, *(kept for kept in every if kept is not found))
+        return found
 
     def _keep(self, name: str, own: Tensor, value: Tensor, by_all: bool) -> None:
         if own.is_inference() or value.is_inference():  # nobody counts their changes
             return
         # A text for each branch; latents and timesteps are new at each step.
-        older = () if name in _INPUTS[:2] else self._kept.get(name, ())[:1]
+        older = () if name in self._names[:_STEPPED] else self._kept.get(name, ())[:1]
         self._kept[name] = (_Agreed(weakref.ref(own), own._version, value, value._version, by_all), *older)
 
 

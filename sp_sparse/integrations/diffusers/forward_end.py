@@ -31,13 +31,15 @@ class ForwardEnd:
         self,
         model: Any,
         layers: Sequence[SparseAttention],
+        attentions: Sequence[Any],
         call: WanCall,
         mesh: SequenceParallelMesh,
         standing: Standing,
         confirm: Callable[[], None],
     ) -> None:
-        """`confirm` is called where a forward has ended well on all ranks."""
-        self._model, self._layers, self._call, self._confirm = model, layers, call, confirm
+        """`attentions` are the modules of `layers`; `confirm` is called where a forward has ended well on all ranks."""
+        self._model, self._call, self._confirm = model, call, confirm
+        self._layers = list(zip(layers, attentions, strict=True))
         self._groups, self._standing = mesh.sequence_groups, standing
         self._meets = bool(self._groups) and meet_on_host(self._groups)
 
@@ -81,8 +83,8 @@ class ForwardEnd:
             traceback.clear_frames(error.__traceback__)  # they hold what the forward has computed
         try:
             with torch.no_grad():
-                for layer, block in list(zip(self._layers, model.blocks, strict=True))[call.layers_done :]:
-                    zeros = call.zeros((layer.num_heads, layer.head_dim), "layer", block.attn1.to_v)
+                for layer, attn in self._layers[call.layers_done :]:
+                    zeros = call.zeros((layer.num_heads, layer.head_dim), "layer", attn.to_v)
                     call.attend(layer, zeros, zeros, zeros)
                 if not call.has_left:
                     call.leave(call.zeros((model.proj_out.out_features,), "leave", model.proj_out))
