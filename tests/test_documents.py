@@ -49,7 +49,7 @@ def test_every_flag_of_fidelity_is_described() -> None:
     for option in options_of(FidelityArguments):
         default, text = told[flag_of(option.name)]
         values = option.default if isinstance(option.default, tuple) else (option.default,)
-        expected = ",".join("off" if option.name == "debug" else told_value(value) for value in values)
+        expected = ",".join("off" if option.default is False else told_value(value) for value in values)
         assert default == ("–" if option.default in (None, (), "") else expected)
         assert text.startswith(option.metadata["help"])
 

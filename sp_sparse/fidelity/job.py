@@ -28,6 +28,7 @@ from sp_sparse.generate.models import (
 )
 from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.tiles import check_tiling
 
 T = TypeVar("T")
 
@@ -77,6 +78,8 @@ def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArgument
     check_image(base, model)
     check_second_expert(base, model)
     check_lora(base)
+    if base.vae_tiling:
+        check_tiling()
     base = fill_defaults(base, model)
     check_video(base, model)
     steps = base.num_inference_steps
@@ -125,5 +128,7 @@ def _shared_by_all(base: GenerateArguments, model: WanModel, ranks: Ranks) -> di
     values = asdict(base)
     dtype = str(model.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype
     shared = {name: values[name] for name in _SHARED} | {"dtype": dtype, "device": ranks.device.type}
+    if base.vae_tiling:
+        shared["vae_tiling"] = True  # absent without: folders are gone on with that know no such option
     read_back: dict[str, Any] = json.loads(json.dumps(shared))
     return read_back
