@@ -6,8 +6,8 @@ goes by dropping what is on the device, since the CPU's memory has kept it.
 
 `layers`: group offloading of diffusers. A block comes while the one before it computes, and goes when it has.
 
-Which part computes is the pipeline's to say, alike on all ranks, so they move the same at the same step and exchange nothing.
-Parts come within the forward, where the others hear of a rank that fails.
+Which part computes is the pipeline's to say, alike on all ranks, so these move the same at the same step and exchange
+nothing. Parts come within the forward, where the others hear of a rank that fails.
 """
 
 from __future__ import annotations
@@ -148,20 +148,23 @@ def _copies(tensors: Sequence[Tensor], pinned: bool) -> list[Tensor]:
     left, copies = sum(sizes), []
     chunk = torch.empty(0, dtype=torch.uint8)
     for tensor, size in zip(tensors, sizes, strict=True):
+        place = chunk
         if size > chunk.numel():
             try:
                 room = max(size, min(_CHUNK_BYTES, left))
-                chunk = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+                place = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             except RuntimeError as error:
                 raise RuntimeError(
                     f"the CPU's memory has no room for {left / 1e9:.1f} GB of the weights that --offload idle lets wait "
                     f"there{' page-locked' * pinned}, on each rank; use fewer ranks on this machine, or --offload none"
                 ) from error
-        copy = chunk[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        copy = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         if _is_dense(tensor):
             copy = copy.as_strided(tensor.shape, tensor.stride())
         copies.append(copy.copy_(tensor))
-        left, chunk = left - size, chunk[size:]
+        left -= size
+        if place is chunk or place.numel() - size > chunk.numel():
+            chunk = place[size:]
     return copies
 
 
