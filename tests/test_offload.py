@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sp_sparse import AttentionRecorder
+from sp_sparse.fidelity.__main__ import main as fidelity
 from sp_sparse.generate import offload as offloading
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
@@ -347,3 +348,28 @@ def test_a_job_after_one_that_failed_is_right(kind: str, tmp_path: Path) -> None
 def _rank_makes(rank: int, output: str) -> None:
     served = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3", "--seed", "1", "--prompt", "a cat"]
     assert main([*SMALL, *served, "--ulysses-degree", "2", "--output", output]) == 0
+
+
+def test_fidelity_measures_the_same(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a cat\na dog\n")
+    flags = [
+        "--prompts",
+        str(tmp_path / "prompts.txt"),
+        *SMALL,
+        *SPARSE[:2],
+        "--block-sizes",
+        "8",
+        "--densities",
+        "0.5",
+    ]
+    figures = {}
+    for kind in ("none", *KINDS):
+        with pretended_device() as came:
+            assert fidelity([*flags, "--offload", kind, "--output", str(tmp_path / kind)]) == 0
+        lines = [json.loads(line) for line in (tmp_path / kind / "fidelity.jsonl").read_text().splitlines()]
+        figures[kind] = [(line["kind"], line["prompt"], line["psnr"], line["ssim"]) for line in lines]
+        if kind == "idle":
+            # Of two prompts a dense video, one by another kernel and a sparse one, and the masks of the first.
+            assert came == {"text_encoder": 1, "transformer": 7, "transformer_2": 7}
+    assert len(figures["none"]) == 6
+    assert figures["idle"] == figures["layers"] == figures["none"]

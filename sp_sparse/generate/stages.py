@@ -39,8 +39,8 @@ class Stages:
     def peak_memory(self) -> dict[str, Any]:
         """Peak bytes of each stage, the highest over the ranks. A collective call.
 
-        On GPUs `cuda_bytes` are those of tensors, `cuda_reserved_bytes` what torch has taken from the GPU for them, which has
-        to fit; on CPUs `process_bytes` is the process's peak up to the stage's end.
+        On GPUs `cuda_bytes` are those of tensors, `cuda_reserved_bytes` what torch has taken from the GPU for them, which
+        has to fit; on CPUs `process_bytes` is the process's peak up to the stage's end.
         """
         every = self._ranks.gather(self._peaks)
         return {
