@@ -45,6 +45,84 @@ class Mutation:
 
 
 MUTATIONS = (
+    # What waits in the CPU's memory, and what is told where memory runs out
+    Mutation(
+        "the part before stays when the next one comes",
+        "generate/offload.py",
+        "        self.end()\n        part.come()\n",
+        "        part.come()\n",
+        "offload",
+    ),
+    Mutation(
+        "a part counts as there before it has come",
+        "generate/offload.py",
+        "        part.come()\n        self._at_work = part\n",
+        "        self._at_work = part\n        part.come()\n",
+        "offload",
+    ),
+    Mutation(
+        "parts stay on the device while the VAE works",
+        "generate/video.py",
+        "    try:\n        yield\n    finally:\n        send_home(pipe)\n",
+        "    yield\n",
+        "offload",
+    ),
+    Mutation(
+        "a copy forgets the strides of its tensor",
+        "generate/offload.py",
+        "        if _is_dense(tensor):\n",
+        "        if False:\n",
+        "offload",
+    ),
+    Mutation(
+        "copies are not packed",
+        "generate/offload.py",
+        "max(size, min(_CHUNK_BYTES, left))",
+        "size",
+        "offload",
+    ),
+    Mutation(
+        "blocks are compiled with their hooks",
+        "generate/attach.py",
+        'if arguments.compile and arguments.offload != "layers":',
+        "if arguments.compile:",
+        "offload",
+    ),
+    Mutation(
+        "the text encoder keeps all its blocks on the device",
+        "generate/offload.py",
+        "module if name in _TRANSFORMERS else module.encoder,",
+        "module,",
+        "offload",
+    ),
+    Mutation(
+        "the tensors of quantised weights stay where they are",
+        "generate/offload.py",
+        "            waiting += [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]\n",
+        "            pass\n",
+        "offload",
+    ),
+    Mutation(
+        "a remedy is told that would be refused",
+        "generate/memory.py",
+        "        except ValueError:\n            return False\n",
+        "        except ValueError:\n            return True\n",
+        "memory",
+    ),
+    Mutation(
+        "a flag is told that is given",
+        "generate/memory.py",
+        "getattr(options, name) not in values",
+        "False",
+        "memory",
+    ),
+    Mutation(
+        "a lost rank is taken for memory that ran out",
+        "generate/memory.py",
+        " or is_lost_rank(error):",
+        ":",
+        "memory",
+    ),
     # Tiles of the VAE, and who decodes them
     Mutation(
         "a tile is blended with a neighbour that is not",

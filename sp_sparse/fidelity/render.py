@@ -15,10 +15,11 @@ from sp_sparse.fidelity.metrics import as_bytes
 from sp_sparse.fidelity.store import Frames
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.decode import decode
+from sp_sparse.generate.memory import DECODE, says_what_helps
 from sp_sparse.generate.models import WanModel, transformers_of
 from sp_sparse.generate.stages import StepClock, synchronize
 from sp_sparse.generate.start import Start
-from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt
+from sp_sparse.generate.video import EncodedPrompt, denoise, drop_text_encoder, encode_prompt
 
 # (prompt, seed)
 Video = tuple[str, int]
@@ -63,7 +64,7 @@ class Renderer:
         """Encode the prompts, then drop the text encoder."""
         pipe.set_progress_bar_config(disable=True)
         prompts = {text: encode_prompt(pipe, arguments, text, device) for text in texts}
-        pipe.text_encoder = None
+        drop_text_encoder(pipe)
         return cls(pipe, arguments, device, prompts, Start.of(arguments, model))
 
     def denoise(self, videos: Sequence[Video]) -> Latents:
@@ -79,7 +80,8 @@ class Renderer:
 
     def decode(self, latents: Latents) -> list[Frames]:
         """Frames `[T, H, W, 3]` of 8 bits of each video, by the same VAE for all."""
-        return [as_bytes(frames) for frames in decode(self.pipe, latents.latents, lambda: None)]
+        with says_what_helps(self.arguments.memory, DECODE):
+            return [as_bytes(frames) for frames in decode(self.pipe, latents.latents, lambda: None)]
 
     @property
     def layers(self) -> int:
@@ -109,7 +111,7 @@ def other_dense_kernel(pipe: Any) -> Iterator[None]:
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    weight = transformers_of(pipe)[0].blocks[0].attn1.to_q.weight
-    is_half = weight.is_cuda and weight.dtype in (torch.float16, torch.bfloat16)
+    dtype = transformers_of(pipe)[0].blocks[0].attn1.to_q.weight.dtype  # the weights may wait on the CPU
+    is_half = pipe.device.type == "cuda" and dtype in (torch.float16, torch.bfloat16)
     with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION if is_half else SDPBackend.MATH):
         yield

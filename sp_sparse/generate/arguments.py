@@ -14,6 +14,7 @@ from typing import Any
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import FLAG_PREFIX, PRESET_HELP, PRESETS
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
+from sp_sparse.generate.memory import MemoryOptions
 from sp_sparse.generate.mini import MINI
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v", "tiny-2.1", "tiny-2.1-i2v", "tiny-vace")
@@ -177,6 +178,12 @@ class GenerateArguments:
     vae_tiling: bool = option(
         False, "encode and decode video in tiles, which takes less memory; several ranks share those of a decode", bool
     )
+    offload: str = option(
+        "none",
+        "what waits in the CPU's memory: nothing; idle: text encoder and experts while they are not at work; layers: all "
+        "blocks of them but those at work",
+        choices=("none", "idle", "layers"),
+    )
     timeout_s: float = option(
         900.0, "seconds that a rank waits for the others before it gives up", float, above=0, at_most=1_000_000
     )
@@ -203,6 +210,7 @@ class GenerateArguments:
         _check_scales("lora", self.lora, "lora_scale", self.lora_scale)
         _check_scales("lora_2", self.lora_2, "lora_scale_2", self.lora_scale_2)
         self._check_combinations()
+        self.memory  # noqa: B018  options that contradict are told now
         for name, suffix in (
             ("output", ".mp4"),
             ("output_latents", ".pt"),
@@ -251,6 +259,15 @@ class GenerateArguments:
             )
         if self.verify_tolerance is not None and self.verify == "none":
             raise ValueError("--verify-tolerance has nothing to judge; add --verify single or --verify dense")
+
+    @property
+    def memory(self) -> MemoryOptions:
+        """Those of the arguments that decide what memory a job takes."""
+        return MemoryOptions(
+            offload=self.offload,
+            vae_tiling=self.vae_tiling,
+            foreign_parallelism=self.sparse.backend == "none" and self.ranks_wanted > 1,
+        )
 
     @property
     def ranks_wanted(self) -> int:

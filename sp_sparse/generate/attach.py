@@ -62,7 +62,7 @@ def attach(
     """Make the attention of `pipe` sparse, with a kernel that runs here or an error now. A collective call."""
     handle = enable_sparse_attention(pipe, config, mesh, recorder)
     for layer in handle.layers:
-        layer.kernel_for(pipe.transformer.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)
+        layer.kernel_for(pipe.device, pipe.transformer.blocks[0].attn1.to_q.weight.dtype)
     return handle
 
 
@@ -71,7 +71,7 @@ def prepare_transformers(pipe: Any, arguments: GenerateArguments, mesh: Sequence
     for transformer in transformers_of(pipe):
         if arguments.sparse.backend == "none" and mesh.sequence_degree > 1:
             _enable_diffusers_parallelism(transformer, mesh)
-        if arguments.compile:
+        if arguments.compile and arguments.offload != "layers":  # there it is done, within the hooks
             transformer.compile_repeated_blocks()
 
 

@@ -12,6 +12,7 @@ from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
 from sp_sparse.generate.checks import checked_model, checked_video
 from sp_sparse.generate.files import check_writable
 from sp_sparse.generate.models import WanModel, load_pipeline
+from sp_sparse.generate.offload import comings
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
@@ -61,8 +62,9 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
         calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
         ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
     handle.remove()
+    came = comings(pipe)  # of the videos, not of those that verify them
     verified = verify(makers, videos)
-    report = job_report(arguments, ranks, stages, attention, told, verified)
+    report = job_report(arguments, ranks, stages, came, attention, told, verified)
     if ranks.first:
         write_report(report, arguments.report_path())
     ranks.say(f"report: {arguments.report_path()}")

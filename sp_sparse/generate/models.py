@@ -15,7 +15,9 @@ from sp_sparse.generate import defaults
 from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, TINY_MODELS, GenerateArguments
 from sp_sparse.generate.defaults import VideoDefaults, defaults_of
 from sp_sparse.generate.lora import load_lora
+from sp_sparse.generate.memory import LOAD, says_what_helps
 from sp_sparse.generate.mini import MINI, mini_folder
+from sp_sparse.generate.offload import offload
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
     random_a14b,
@@ -46,7 +48,7 @@ class WanModel:
         may_take_image: whether it could, from the same weights.
         draws_image: whether an image may be drawn where none is given.
         dtype: of the transformers, where the arguments leave it open.
-        load: (device, dtype) -> the diffusers pipeline.
+        load: (device, dtype) -> the diffusers pipeline, its weights on `device`.
         experts: 2 where a second transformer takes over at low noise.
         spatial_multiple: heights and widths are multiples of it.
         temporal_multiple: numbers of frames are a multiple of it, plus one.
@@ -92,12 +94,23 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
-    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for."""
+    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for; with
+    `--offload` its weights wait for their turn in the CPU's memory.
+
+    Raises:
+        NotEnoughMemoryError: it has no room there.
+    """
     dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    pipe = model.load(device, dtype).to(device)
+    with says_what_helps(arguments.memory, LOAD):
+        if arguments.offload == "none":
+            pipe = model.load(device, dtype).to(device)
+        else:
+            pipe = model.load(torch.device("cpu"), dtype)
+        load_lora(pipe, arguments)
+        if arguments.offload != "none":
+            offload(pipe, arguments, device)
     if arguments.vae_tiling:
         enable_tiling(pipe.vae)
-    load_lora(pipe, arguments)
     if arguments.boundary_ratio is not None:
         pipe.register_to_config(boundary_ratio=arguments.boundary_ratio)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)

@@ -27,6 +27,7 @@ def job_report(
     arguments: GenerateArguments,
     ranks: Ranks,
     stages: Stages,
+    comings: dict[str, int] | None,
     attention: dict[str, Any] | None,
     videos: Sequence[dict[str, Any]],
     verified: dict[str, Any] | None,
@@ -46,6 +47,8 @@ def job_report(
         # The first step of a run prepares and compiles, so it is left out where there are others.
         "seconds_per_step": median(steps),
         "seconds": stages.seconds,
+        # The options that decide it, and with --offload idle how often each part came to the device.
+        "memory": {**asdict(arguments.memory), "comings": comings},
         "peak_memory": stages.peak_memory(),
         "videos": list(videos),
         "verify": verified,

@@ -18,7 +18,7 @@ class Stages:
 
     def __init__(self, ranks: Ranks) -> None:
         self.seconds: dict[str, float] = {}
-        self._peaks: dict[str, int] = {}
+        self._peaks: dict[str, dict[str, int]] = {}
         self._ranks = ranks
 
     @contextmanager
@@ -31,14 +31,22 @@ class Stages:
         synchronize(device)
         seconds = time.perf_counter() - start
         self.seconds[name] = self.seconds.get(name, 0.0) + seconds
-        self._peaks[name] = max(self._peaks.get(name, 0), peak_bytes(device))
+        for kind, peak in _peaks(device).items():
+            before = self._peaks.setdefault(kind, {})
+            before[name] = max(before.get(name, 0), peak)
         self._ranks.say(f"{name}: {seconds:.2f} s")
 
     def peak_memory(self) -> dict[str, Any]:
-        """Peak bytes of each stage, the highest over the ranks; on CPUs the process's peak up to its end. Collective."""
-        what = "cuda_bytes" if self._ranks.device.type == "cuda" else "process_bytes"
+        """Peak bytes of each stage, the highest over the ranks. A collective call.
+
+        On GPUs `cuda_bytes` are those of tensors, `cuda_reserved_bytes` what torch has taken from the GPU for them, which
+        has to fit; on CPUs `process_bytes` is the process's peak up to the stage's end.
+        """
         every = self._ranks.gather(self._peaks)
-        return {what: {name: max(peaks.get(name, 0) for peaks in every) for name in self._peaks}}
+        return {
+            kind: {name: max(peaks[kind].get(name, 0) for peaks in every) for name in of_stages}
+            for kind, of_stages in self._peaks.items()
+        }
 
 
 class StepClock:
@@ -60,6 +68,12 @@ class StepClock:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _peaks(device: torch.device) -> dict[str, int]:
+    if device.type == "cuda":
+        return {"cuda_bytes": peak_bytes(device), "cuda_reserved_bytes": torch.cuda.max_memory_reserved(device)}
+    return {"process_bytes": peak_bytes(device)}
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,9 @@ from tqdm import tqdm
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.memory import DECODE, DENOISE, ENCODE, says_what_helps
 from sp_sparse.generate.models import shift_of
+from sp_sparse.generate.offload import send_home
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.stages import Stages, StepClock
 from sp_sparse.generate.start import Start
@@ -38,8 +40,14 @@ def encode_prompts(pipe: Any, videos: Sequence[GenerateArguments], device: torch
     """Encode all prompts, then drop the text encoder: its memory is worth more to attention."""
     texts = [(video.prompt, video.negative_prompt) for video in videos]
     encoded = {text: encode_prompt(pipe, videos[texts.index(text)], text[0], device) for text in dict.fromkeys(texts)}
-    pipe.text_encoder = None
+    drop_text_encoder(pipe)
     return [encoded[text] for text in texts]
+
+
+def drop_text_encoder(pipe: Any) -> None:
+    """Let go of its memory, on the device and the CPU; prompts encoded from here on are random."""
+    send_home(pipe)
+    pipe.text_encoder = None
 
 
 @torch.no_grad()
@@ -48,9 +56,10 @@ def encode_prompt(pipe: Any, arguments: GenerateArguments, text: str, device: to
     guided = arguments.guidance_scale is None or arguments.guidance_scale > 1
     if pipe.text_encoder is None:
         return _random_prompt(pipe, text, guided, device)
-    embeds, negative = pipe.encode_prompt(
-        text, arguments.negative_prompt, guided, max_sequence_length=_TEXT_LENGTH, device=device
-    )
+    with says_what_helps(arguments.memory, ENCODE):
+        embeds, negative = pipe.encode_prompt(
+            text, arguments.negative_prompt, guided, max_sequence_length=_TEXT_LENGTH, device=device
+        )
     return EncodedPrompt(text, embeds, negative)
 
 
@@ -70,7 +79,7 @@ def denoise(
     # On the CPU: the same noise on every rank and device.
     generators = [torch.Generator().manual_seed(seed) for seed in seeds or (arguments.seed,)]
     generator = generators[0] if len(generators) == 1 else generators
-    with seeded_steps(pipe.scheduler, generator):
+    with says_what_helps(arguments.memory, DENOISE), _turns(pipe), seeded_steps(pipe.scheduler, generator):
         latents: Tensor = pipe(
             prompt_embeds=prompt.embeds,
             negative_prompt_embeds=prompt.negative,
@@ -84,6 +93,16 @@ def denoise(
             **inputs,
         ).frames
     return latents[:, :, len(start.references) :]  # VACE gives its reference images first
+
+
+@contextmanager
+def _turns(pipe: Any) -> Iterator[None]:
+    """What takes turns on the device is off it before and, whatever happens, after: a VAE may need the room."""
+    send_home(pipe)
+    try:
+        yield
+    finally:
+        send_home(pipe)
 
 
 @contextmanager
@@ -148,10 +167,15 @@ class VideoMaker:
             self.ranks.say(f"decode: {decoding}")
         with stages.measure("decode"):
             with tqdm(total=decoding.parts, desc="decode", unit="part", disable=not self.ranks.first) as bar:
-                self.ranks.together(lambda: decoding.work(bar.update))
-            frames = decoding.frames()
+                self.ranks.together(lambda: self._decode(decoding, bar.update))
+            with says_what_helps(self.arguments.memory, DECODE):
+                frames = decoding.frames()
         frame = None if frames is None else frames[0]
         return Video(prompt, latents.cpu(), frame, decoding.tiles_by_rank, tuple(seconds))
+
+    def _decode(self, decoding: VideoDecoding, on_part: Callable[[], Any]) -> None:
+        with says_what_helps(self.arguments.memory, DECODE):
+            decoding.work(on_part)
 
     @property
     def _fps(self) -> int:

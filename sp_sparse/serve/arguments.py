@@ -42,11 +42,11 @@ class ServeArguments:
     dtype: str = _shared("dtype")
     device: str = _shared("device")
     compile: bool = _shared("compile")
-    offload_text_encoder: bool = option(False, "keep the text encoder in the CPU's memory between jobs", bool)
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")
     vae_tiling: bool = _shared("vae_tiling")
+    offload: str = _shared("offload")
     timeout_s: float = _shared(
         "timeout_s",
         default=600.0,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import NoReturn, TypeVar
 
-import torch
-
+from sp_sparse.generate.memory import is_out_of_memory
 from sp_sparse.parallel.agreement import is_lost_rank
 from sp_sparse.serve.backend import JobParameters, Measured, NotFiniteError, VideoBackend
 from sp_sparse.serve.control import CANCEL, FAILED, GO_ON, INTERRUPT, Control
@@ -22,8 +20,6 @@ from sp_sparse.serve.watchdog import Watchdog
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-_OUT_OF_MEMORY = re.compile(r"out of memory|ALLOC_FAILED", re.IGNORECASE)
 
 
 class Observer:
@@ -80,10 +76,11 @@ class Bounds:
 
 def job_error(caught: Exception) -> JobError:
     """What clients are told of an exception."""
-    # Of cuBLAS, NCCL and other libraries: plain RuntimeErrors.
-    plain = isinstance(caught, RuntimeError) and _OUT_OF_MEMORY.search(str(caught))
-    if isinstance(caught, (torch.OutOfMemoryError, MemoryError)) or plain:
-        return JobError("out_of_memory", "the server ran out of memory; ask for a smaller or shorter video")
+    if is_out_of_memory(caught):
+        text = "the server ran out of memory; ask for a smaller or shorter video"
+        if flags := [remedy for remedy in getattr(caught, "remedies", ()) if remedy.startswith("--")]:
+            text += f", or have it started with {' or '.join(flags)}"
+        return JobError("out_of_memory", text)
     if is_no_room(caught):
         return JobError("no_room", "the server's disk is full; delete videos or ask again when there is room")
     if isinstance(caught, NotFiniteError):

@@ -22,6 +22,7 @@ from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
 from sp_sparse.generate.checks import checked_model
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import save_video
+from sp_sparse.generate.memory import DECODE, says_what_helps
 from sp_sparse.generate.models import WanModel, fresh_scheduler, load_pipeline
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
@@ -61,7 +62,7 @@ class WanBackend:
         Raises:
             ValueError: degrees that do not fit the ranks, or no such model.
         """
-        self._base, self._ranks, self._offload = arguments.base(), ranks, arguments.offload_text_encoder
+        self._base, self._ranks = arguments.base(), ranks
         self._model = checked_model(self._base, ranks)
         if self._model.needs_last_image:
             raise ValueError(
@@ -112,23 +113,13 @@ class WanBackend:
         self._image_pipe = _from_image(self._pipe) if self._model.may_take_image else self._pipe
         for pipe in (self._pipe, self._image_pipe):
             pipe.set_progress_bar_config(disable=True)
-        if self._offload and self._pipe.text_encoder is not None:
-            self._pipe.text_encoder.to("cpu")
         self._mesh = ranks.together(lambda: build_mesh(base))
         ranks.together(lambda: self._attach(base.sparse))
         prepare_transformers(self._pipe, base, self._mesh)
 
     def encode(self, job: JobParameters) -> _Encoded:
         arguments, device = self._arguments(job), self._ranks.device
-        encoder = self._pipe.text_encoder
-        moved = self._offload and encoder is not None
-        if moved:
-            encoder.to(device)
-        try:
-            prompt = encode_prompt(self._pipe, arguments, job.prompt, device)
-        finally:
-            if moved:
-                encoder.to("cpu")
+        prompt = encode_prompt(self._pipe, arguments, job.prompt, device)
         if job.image is None:
             start = Start.of(arguments, self._model)
         else:
@@ -166,8 +157,9 @@ class WanBackend:
             log.info("decode: %s", decoding)
         done = count(1)
         # The last part is heard by all ranks, so that a collective comes next only where all have done theirs.
-        decoding.work(lambda: on_part(next(done), decoding.parts))
-        frames = decoding.frames()
+        with says_what_helps(self._base.memory, DECODE):
+            decoding.work(lambda: on_part(next(done), decoding.parts))
+            frames = decoding.frames()
         if frames is None:
             return None
         _check_finite("frames", frames)

@@ -152,7 +152,7 @@ def test_four_ranks(tmp_path: Path) -> None:
 
 
 def test_guidance_on_two_halves(tmp_path: Path) -> None:
-    with RankServer(tmp_path, 2, "--cfg-parallel-degree", "2", "--offload-text-encoder") as server:
+    with RankServer(tmp_path, 2, "--cfg-parallel-degree", "2", "--offload", "idle") as server:
         refused = server.http.post("/v1/videos", json={"prompt": "a cat", "guidance_scale": 1})
         assert "use a scale above 1" in refused.json()["error"]["message"]
         ours = server.content(server.completed(prompt="a fox", seed=2)["id"])
