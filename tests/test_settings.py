@@ -102,7 +102,8 @@ def _found(model: Path | str, *flags: str) -> WanModel:
         ),
         (["--sparse-attn-topk", "0.2"], "add --sparse-attn-backend auto"),
         (["--layers", "8"], "--layers 8 is for a14b-random"),
-        (["--layers", "4"], "--layers 4 is for a14b-random"),
+        (["--layers", "4"], "--layers 4 is for a14b-random and ti2v-5b-random"),
+        (["--full"], "--full is for a14b-random and ti2v-5b-random, and the model is tiny; leave it out"),
         (
             ["--guidance-scale", "1", "--negative-prompt", "grey"],
             "--negative-prompt is given, but --guidance-scale 1 switches guidance off.*leave --negative-prompt out",
@@ -153,6 +154,7 @@ def test_refused_before_weights_are_read(
         ["--guidance-scale", "2", "--negative-prompt", "grey"],
         [*SPARSE, "--sparse-attn-kv-exchange", "all_gather", "--ring-degree", "2"],
         ["--model", "a14b-random", "--layers", "4"],
+        ["--model", "ti2v-5b-random", "--layers", "30", "--full"],
     ],
 )
 def test_what_something_reads_is_taken(flags: list[str]) -> None:

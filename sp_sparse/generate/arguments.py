@@ -18,6 +18,7 @@ from sp_sparse.generate.mini import MINI
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v")
 RANDOM_A14B = "a14b-random"
+STAND_INS = (RANDOM_A14B, "ti2v-5b-random")
 RANDOM_LAYERS = 4
 
 # Token blocks of 128 would leave a tiny model with three of them, and mini with 26.
@@ -67,15 +68,19 @@ class GenerateArguments:
 
     model: str = option(
         "tiny",
-        "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random (full width, random weights); "
-        "a folder; or a hub id",
+        "tiny, tiny-i2v or tiny-ti2v (random weights, run anywhere); a14b-random or ti2v-5b-random (full width, random "
+        "weights); a folder; or a hub id",
     )
     layers: int | None = option(
         None,
-        f"layers of each expert of {RANDOM_A14B}, {RANDOM_LAYERS} if not given; the real model has 40",
+        f"layers of each expert of a model that ends in -random, {RANDOM_LAYERS} if not given; the real A14B has 40, TI2V "
+        "30",
         int,
         at_least=1,
         at_most=1000,
+    )
+    full: bool = option(
+        False, "a model that ends in -random gets a text encoder and a VAE of real size, with random weights too", bool
     )
     sparse_attn_preset: str | None = option(None, PRESET_HELP, choices=tuple(PRESETS))
     lora: tuple[str, ...] = option(
@@ -188,10 +193,12 @@ class GenerateArguments:
                 raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
 
     def _check_combinations(self) -> None:
-        if self.layers is not None and self.model != RANDOM_A14B:
-            raise ValueError(
-                f"--layers {self.layers} is for {RANDOM_A14B}, and the model is {self.model}; leave it out"
-            )
+        for name, given in (("layers", self.layers is not None), ("full", self.full)):
+            if given and self.model not in STAND_INS:
+                told = f"--layers {self.layers}" if name == "layers" else "--full"
+                raise ValueError(
+                    f"{told} is for {' and '.join(STAND_INS)}, and the model is {self.model}; leave it out"
+                )
         if self.boundary_ratio == 1:
             raise ValueError("--boundary-ratio 1.0 leaves the first expert no step; give a number above 0 and below 1")
         guided = self.guidance_scale is None or self.guidance_scale > 1

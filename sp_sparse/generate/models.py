@@ -13,7 +13,7 @@ import torch
 
 from sp_sparse.config import FLAG_PREFIX, SECOND_EXPERT
 from sp_sparse.flags import flag_of
-from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, TINY_MODELS, GenerateArguments
+from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, STAND_INS, TINY_MODELS, GenerateArguments
 from sp_sparse.generate.fits import (
     Named,
     check_frames,
@@ -26,11 +26,12 @@ from sp_sparse.generate.lora import load_lora
 from sp_sparse.generate.mini import MINI, mini_folder
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
-    random_a14b,
+    random_stand_in,
     tiny_image_to_video,
     tiny_text_image_to_video,
     tiny_text_to_video,
 )
+from sp_sparse.generate.real_sizes import T2V_A14B, TI2V_5B
 from sp_sparse.generate.tiles import enable_tiling
 
 _WAN_PIPELINES = ("WanPipeline", "WanImageToVideoPipeline")
@@ -96,9 +97,8 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
     """
     if arguments.model in TINY_MODELS:
         return _tiny(arguments)
-    if arguments.model == RANDOM_A14B:
-        load = partial(random_a14b, arguments.layers or RANDOM_LAYERS)
-        return WanModel(_A14B, False, False, False, _large_dtype(device), load)
+    if arguments.model in STAND_INS:
+        return _stand_in(arguments, device)
     if arguments.model == MINI:
         return replace(_pretrained(replace(arguments, model=str(mini_folder())), device), defaults=_MINI)
     return _pretrained(arguments, device)
@@ -270,6 +270,24 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
     )
 
 
+def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
+    layers, dtype = arguments.layers or RANDOM_LAYERS, _large_dtype(device)
+    if arguments.model == RANDOM_A14B:
+        load = partial(random_stand_in, T2V_A14B, layers, arguments.full, False)
+        return WanModel(_A14B, False, False, False, dtype, load)
+    from_image = arguments.image is not None
+    return WanModel(
+        defaults=_TI2V,
+        takes_image=from_image,
+        may_take_image=True,
+        draws_image=False,
+        dtype=dtype,
+        load=partial(random_stand_in, TI2V_5B, layers, arguments.full, from_image),
+        experts=TI2V_5B.experts,
+        spatial_multiple=32,
+    )
+
+
 def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
     index = _pipeline_index(arguments.model)
     name = index.get("_class_name")
@@ -361,7 +379,7 @@ def _pipeline_index(model: str) -> dict[str, Any]:
         index: dict[str, Any] = DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model} is neither {', '.join((*TINY_MODELS, RANDOM_A14B))}, nor a folder, nor a hub id that can be "
+            f"--model {model} is neither {', '.join((*TINY_MODELS, *STAND_INS))}, nor a folder, nor a hub id that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
     return index

@@ -32,6 +32,7 @@ class ServeArguments:
 
     model: str = _shared("model")
     layers: int | None = _shared("layers")
+    full: bool = _shared("full")
     sparse_attn_preset: str | None = _shared("sparse_attn_preset")
     lora: tuple[str, ...] = _shared("lora")
     lora_2: tuple[str, ...] = _shared("lora_2")
