@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
@@ -30,8 +31,10 @@ from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.parallel.agreement import check_all_same
 
 
-def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
+def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any] = load_pipeline) -> int:
     """Run the job; every rank calls it with the same arguments.
+
+    `load` gives the pipeline, from what `load_pipeline` takes.
 
     Returns:
         0, or 1 if `--verify` found a difference above `--verify-tolerance`.
@@ -43,7 +46,7 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
 
     stages, recorder = Stages(ranks), AttentionRecorder()
     with stages.measure("load"):
-        pipe = ranks.together(lambda: load_pipeline(arguments, model, ranks.device))
+        pipe = ranks.together(lambda: load(arguments, model, ranks.device))
     pipe.set_progress_bar_config(disable=not ranks.first, desc="denoise", unit="step")
     with stages.measure("encode"):
         prompts = encode_prompts(pipe, wanted, ranks.device)
