@@ -53,6 +53,10 @@ def _latents(folder: Path, name: str, *flags: str) -> Tensor:
         (["--lora", "a/b,c/d", "--lora-scale", "1,1,1"], "3 numbers for 2 sources of --lora; give one for all, or 2"),
         (["--lora-2", "a/b", "--lora-scale-2", "nan"], "--lora-scale-2 nan is not a number from -100 to 100"),
         (["--lora", "a/b", "--lora-scale", "101"], "--lora-scale 101.0 is not a number from"),
+        (
+            ["--lora", "a/b,c/d,a/b"],
+            "--lora a/b is given twice; give it once, with the sum of both weights as --lora-scale",
+        ),
         (["--boundary-ratio", "1"], "leaves the first expert no step"),
         (["--boundary-ratio", "0"], "--boundary-ratio 0.0 is outside"),
     ],

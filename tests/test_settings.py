@@ -127,7 +127,7 @@ def _found(model: Path | str, *flags: str) -> WanModel:
             [*SPARSE, "--sparse-attn-kv-exchange", "all_gather"],
             "all_gather is for ring ranks, and --ring-degree is 1; leave it out",
         ),
-        (["--lora", "/nowhere/x.safetensors"], "--lora '/nowhere/x.safetensors' is no file.*give a .safetensors file"),
+        (["--lora", "/nowhere/x.safetensors"], "--lora /nowhere/x.safetensors is no file.*give a .safetensors file"),
         (["--lora", "/nowhere/x"], "is no file, no folder and no hub id"),
         (["--lora", "tests/x.safetensors"], "is no file"),
         (["--lora-2", f"{Path(__file__).parent}"], "has no weights in it"),
@@ -307,7 +307,7 @@ def test_the_report_tells_what_was_made(tmp_path: Path) -> None:
     report = _generate(tmp_path, *flags, "--guidance-scale-2=3", "--flow-shift=7", "--fps=12", "--seed=9")
     made: dict[str, Any] = {"height": 96, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
     made |= {"negative_prompt": "", "boundary_ratio": 0.875, "scheduler": "UniPCMultistepScheduler"}
-    made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9, "image": None}
+    made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9, "image": None, "lora": [], "lora_2": []}
     assert report["videos"][0]["made"] == made
 
 

@@ -1,4 +1,4 @@
-"""Whole jobs of `generate`, measured one after another: each loads, encodes, denoises, decodes and saves as a user's does."""
+"""Whole jobs of `generate`, one after another: each loads, encodes, denoises, decodes and saves as a user's does."""
 
 from __future__ import annotations
 
@@ -132,12 +132,13 @@ def measure(arguments: JobsArguments, ranks: Ranks, load: Callable[..., Any] = l
     for number, (setting, job) in enumerate(zip(arguments.settings, jobs, strict=True)):
         ranks.say(f"{arguments.what} {setting}: {' '.join(setting_flags(setting, arguments.common))}")
         held = _forget(ranks.device)
+        report: dict[str, Any] | None = None
+        why: str | None = None
         try:
             generate(job, ranks, load=_with_fast_dense(load))
+            report = _read(job.report_path(), ranks)
         except USER_ERRORS as error:
-            failed, report, why = 1, None, " ".join(str(error).split())
-        else:
-            report, why = _read(job.report_path(), ranks), None
+            failed, why = 1, " ".join(str(error).split())
         row = {
             **_asked(arguments, setting, job, ranks),
             "bytes_before": held,

@@ -51,6 +51,11 @@ def _check_scales(sources_name: str, sources: tuple[str, ...], name: str, scales
             f"{flag_of(name)} has {len(scales)} numbers for {len(sources)} sources of {flag_of(sources_name)}; give one for "
             f"all, or {len(sources)}"
         )
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{flag_of(sources_name)} {twice} is given twice; give it once, with the sum of both weights as {flag_of(name)}"
+        )
     for scale in scales:
         if not (math.isfinite(scale) and abs(scale) <= _LARGEST_SCALE):
             raise ValueError(

@@ -10,7 +10,7 @@ from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import attach, build_mesh, check_ranks, prepare_transformers
 from sp_sparse.generate.files import check_writable
-from sp_sparse.generate.lora import check_lora
+from sp_sparse.generate.lora import check_line_lora, check_lora, differ_in_lora, with_all_lora
 from sp_sparse.generate.models import (
     WanModel,
     check_image,
@@ -31,10 +31,10 @@ from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.parallel.agreement import check_all_same
 
 
-def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any] = load_pipeline) -> int:
+def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any] | None = None) -> int:
     """Run the job; every rank calls it with the same arguments.
 
-    `load` gives the pipeline, from what `load_pipeline` takes.
+    `load` gives the pipeline in place of `load_pipeline`, from what that takes.
 
     Returns:
         0, or 1 if `--verify` found a difference above `--verify-tolerance`.
@@ -46,11 +46,13 @@ def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any
 
     stages, recorder = Stages(ranks), AttentionRecorder()
     with stages.measure("load"):
-        pipe = ranks.together(lambda: load(arguments, model, ranks.device))
+        everything = with_all_lora(arguments, wanted)
+        pipe = ranks.together(lambda: (load or load_pipeline)(everything, model, ranks.device))
     pipe.set_progress_bar_config(disable=not ranks.first, desc="denoise", unit="step")
     with stages.measure("encode"):
         prompts = encode_prompts(pipe, wanted, ranks.device)
-    makers = [VideoMaker(pipe, own, ranks, first_frame(own) if model.takes_image else None) for own in wanted]
+    own_lora = differ_in_lora(wanted)
+    makers = [VideoMaker(pipe, own, ranks, first_frame(own) if model.takes_image else None, own_lora) for own in wanted]
     for maker in makers:
         if (image := maker.image_told()) is not None:
             ranks.say(
@@ -89,8 +91,7 @@ def _check(
     check_ranks(arguments, ranks)
     wanted = wanted_videos(arguments)
     model = find_model(wanted[0].arguments, ranks.device)
-    check_second_expert(arguments, model)
-    check_lora(arguments)
+    _check_lora(wanted, model)
     if arguments.vae_tiling:
         check_tiling()
     _check_images(wanted, model)
@@ -100,6 +101,16 @@ def _check(
             check_writable(path)
     # A size may follow a line's picture, so that the job's own is told where one video is all.
     return filled[0] if len(filled) == 1 else fill_defaults(arguments, model), filled, model
+
+
+def _check_lora(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:
+    for video in {(video.arguments.lora, video.arguments.lora_2): video for video in reversed(wanted)}.values():
+        try:
+            check_second_expert(video.arguments, model)
+            check_lora(video.arguments)
+        except ValueError as error:
+            raise video.error(error) from error
+    check_line_lora([video.arguments for video in wanted])
 
 
 def _check_images(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:

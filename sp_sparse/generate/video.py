@@ -17,6 +17,7 @@ from tqdm import tqdm
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.lora import lora_told, use_lora
 from sp_sparse.generate.models import shift_of
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.stages import Stages, StepClock
@@ -159,15 +160,18 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoMaker:
-    """The pipeline and what one video is to be."""
+    """The pipeline and what one video is to be; `own_lora`: whether the videos of the pipeline differ in LoRA weights."""
 
     pipe: Any
     arguments: GenerateArguments
     ranks: Ranks
     image: Any | None
+    own_lora: bool = False
 
     def make(self, prompt: EncodedPrompt, stages: Stages, repeat: int = 1) -> Video:
         """Denoise on every rank; decode on rank 0, or where the video is in tiles on every rank. A collective call."""
+        if self.own_lora:
+            use_lora(self.pipe, self.arguments)
         seconds = []
         for _ in range(repeat):
             clock = StepClock(self.ranks.device)
@@ -208,6 +212,7 @@ class VideoMaker:
             "seed": arguments.seed,
             "flow_shift": shift_of(pipe.scheduler),
             "image": self.image_told(),
+            **lora_told(arguments),
         }
 
     def image_told(self) -> dict[str, Any] | None:
