@@ -77,6 +77,7 @@ class FidelityArguments:
     num_inference_steps: int | None = _shared("num_inference_steps")
     guidance_scale: float | None = _shared("guidance_scale")
     guidance_scale_2: float | None = _shared("guidance_scale_2")
+    scheduler: str = _shared("scheduler")
     flow_shift: float | None = _shared("flow_shift")
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")

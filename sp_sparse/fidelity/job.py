@@ -34,7 +34,7 @@ T = TypeVar("T")
 # What all videos of a folder share: with another value of one of these they cannot be compared.
 _SHARED = (
     *("model", "layers", "lora", "lora_2", "negative_prompt", "image", "height", "width", "num_frames", "fps"),
-    *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
+    *("num_inference_steps", "guidance_scale", "guidance_scale_2", "scheduler", "flow_shift"),
 )
 
 

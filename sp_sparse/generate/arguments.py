@@ -140,6 +140,11 @@ class GenerateArguments:
         above=0,
         at_most=1,
     )
+    scheduler: str = option(
+        "model",
+        "the steps through the noise: model is that of the model's folder; euler and lcm are for distilled models",
+        choices=("model", "unipc", "euler", "lcm"),
+    )
     flow_shift: float | None = option(
         None, "shift of the noise schedule, above 0, up to 100", float, above=0, at_most=100
     )

@@ -142,7 +142,13 @@ def check_video(arguments: GenerateArguments, model: WanModel, named: Named = fl
         )
     check_guidance(arguments.guidance_scale, arguments.guidance_scale_2, model.experts, arguments.model, named)
     check_negative_prompt(arguments.guidance_scale, arguments.negative_prompt, named)
-    if arguments.flow_shift is not None and not model.takes_flow_shift:
+    if arguments.scheduler != "model":
+        if arguments.flow_shift is None and not model.takes_flow_shift:
+            raise ValueError(
+                f"{named('scheduler')} {arguments.scheduler} needs a shift, and the scheduler of {arguments.model} has none "
+                f"or does not use it; add {named('flow_shift')}"
+            )
+    elif arguments.flow_shift is not None and not model.takes_flow_shift:
         raise ValueError(
             f"{named('flow_shift')} {arguments.flow_shift:g}: the scheduler of {arguments.model} has no shift, or does not "
             f"use it; leave {named('flow_shift')} out"
@@ -202,7 +208,7 @@ def picture_size(path: str) -> tuple[int, int]:
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
-    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for."""
+    """The pipeline on `device`, with LoRA weights, the boundary of the experts, the scheduler and its shift as asked."""
     dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
     pipe = model.load(device, dtype).to(device)
     if arguments.vae_tiling:
@@ -210,6 +216,10 @@ def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.d
     load_lora(pipe, arguments)
     if arguments.boundary_ratio is not None:
         pipe.register_to_config(boundary_ratio=arguments.boundary_ratio)
+    if arguments.scheduler != "model":
+        from sp_sparse.generate.schedulers import named_scheduler  # here, for diffusers is slow to import
+
+        pipe.scheduler = named_scheduler(arguments.scheduler, shift_of(pipe.scheduler) or 1.0)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe
 

@@ -39,6 +39,7 @@ class ServeArguments:
     lora_scale: tuple[float, ...] = _shared("lora_scale")
     lora_scale_2: tuple[float, ...] = _shared("lora_scale_2")
     boundary_ratio: float | None = _shared("boundary_ratio")
+    scheduler: str = _shared("scheduler")
     flow_shift: float | None = _shared("flow_shift")
     dtype: str = _shared("dtype")
     device: str = _shared("device")
