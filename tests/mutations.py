@@ -291,8 +291,8 @@ MUTATIONS = (
     Mutation(
         "only the last LoRA weights count",
         "generate/lora.py",
-        "transformer.set_adapters(list(wanted), list(wanted.values()))",
-        "transformer.set_adapters(list(wanted)[-1:], list(wanted.values())[-1:])",
+        "transformer.set_adapters(list(scales), list(scales.values()))",
+        "transformer.set_adapters(list(scales)[-1:], list(scales.values())[-1:])",
         "settings",
     ),
     Mutation(
@@ -319,8 +319,8 @@ MUTATIONS = (
     Mutation(
         "a line without LoRA weights keeps those of the line before",
         "generate/lora.py",
-        "        elif loaded:",
-        "        elif False:",
+        "        transformer.disable_lora()\n",
+        "        pass\n",
         "lora_formats",
     ),
     Mutation(

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
-from sp_sparse.generate.lora_names import wan_name
+from sp_sparse.generate.lora import use_lora
+from sp_sparse.generate.lora_names import LayerNames, read_key, wan_name
 from sp_sparse.generate.models import find_model, load_pipeline
 from tests.ranks import run_ranks
 
@@ -206,6 +207,36 @@ def test_what_would_not_be_applied_is_refused_by_name(
     assert re.search(text, line)
 
 
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [
+        ("blocks.1.cross_attn.k_img.lora_down.weight", "blocks.1.attn2.add_k_proj"),
+        ("blocks.1.cross_attn.norm_k_img.diff", "blocks.1.attn2.norm_added_k"),
+        ("img_emb.proj.0.diff_b", "condition_embedder.image_embedder.norm1"),
+        ("img_emb.proj.1.lora_down.weight", "condition_embedder.image_embedder.ff.net.0.proj"),
+        ("img_emb.proj.3.diff_b", "condition_embedder.image_embedder.ff.net.2"),
+        ("vace_blocks.0.before_proj.lora_down.weight", "vace_blocks.0.proj_in"),
+        ("vace_blocks.1.after_proj.lora_down.weight", "vace_blocks.1.proj_out"),
+        ("vace_blocks.1.norm3.diff", "vace_blocks.1.norm2"),
+        ("vace_patch_embedding.diff", "vace_patch_embedding"),
+    ],
+)
+def test_layers_that_only_some_of_the_family_have(key: str, name: str) -> None:
+    from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
+
+    narrow = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "cross_attn_norm": True}
+    with torch.device("meta"):
+        transformer: Any = (
+            WanVACETransformer3DModel(vace_layers=[0, 1], **narrow)
+            if key.startswith("vace")
+            else WanTransformer3DModel(image_dim=1280, added_kv_proj_dim=64, **narrow)
+        )
+    for prefix in ("diffusion_model.", ""):
+        found = read_key(f"{prefix}{key}")
+        assert found is not None
+        assert LayerNames.of(transformer).find(found) == name
+
+
 def test_one_of_several_files_must_be_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for noise in ("high", "low"):
         _distilled(tmp_path / f"{noise}.safetensors")
@@ -291,6 +322,13 @@ def test_lines_whose_lora_weights_cannot_change_are_refused(
     file = ["--prompt-file", str(tmp_path / "lines.jsonl"), "--output", str(tmp_path / "video.mp4")]
     assert main([*SMALL, *file, *flags]) == 2
     assert re.search(text, capsys.readouterr().err)
+
+
+def test_a_source_that_is_not_beside_the_weights_cannot_be_switched(tmp_path: Path) -> None:
+    first, second = (_one_layer(tmp_path / f"{seed}.safetensors", seed) for seed in (1, 2))
+    pipe = _loaded("--lora", first)
+    with pytest.raises(ValueError, match=f"lora {second} is not beside the weights of the transformer"):
+        use_lora(pipe, parse_arguments(["--lora", second]))
 
 
 def test_lines_may_share_differences(tmp_path: Path) -> None:

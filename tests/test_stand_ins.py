@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import sp_sparse.generate.models as models
 from sp_sparse.generate.__main__ import main
@@ -57,9 +58,13 @@ def test_weights_have_the_types_that_loading_gives_them(size: RealSize) -> None:
     assert bool(pipe.config.expand_timesteps) == size.per_token
 
 
-@pytest.mark.parametrize("model", list(SIZES))
-@pytest.mark.parametrize("full", [False, True])
-def test_a_job_of_a_narrow_stand_in(model: str, full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("model", "full", "from_image"),
+    [*((model, full, False) for model in SIZES for full in (False, True)), ("ti2v-5b-random", True, True)],
+)
+def test_a_job_of_a_narrow_stand_in(
+    model: str, full: bool, from_image: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def narrow(size: RealSize, *given: Any) -> Any:
         return random_stand_in(_narrow(size), *given)
 
@@ -68,6 +73,9 @@ def test_a_job_of_a_narrow_stand_in(model: str, full: bool, tmp_path: Path, monk
     flags = ["--model", model, "--layers", "2", "--height", "64", "--width", "64", "--num-frames", "5"]
     flags += ["--num-inference-steps", "2", "--sparse-attn-backend", "reference", "--sparse-attn-block-size", "16"]
     flags += ["--output", str(tmp_path / "video.mp4"), "--output-frames", str(tensor)]
+    if from_image:
+        Image.new("RGB", (64, 64), "teal").save(tmp_path / "image.png")
+        flags += ["--image", str(tmp_path / "image.png")]
     assert main([*flags, *["--full"] * full]) == 0
     frames = torch.load(tensor, weights_only=True)
     assert frames.shape == (5, 64, 64, 3)

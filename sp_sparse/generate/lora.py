@@ -90,10 +90,11 @@ def load_lora(pipe: Any, arguments: GenerateArguments) -> None:
         ValueError: a source that cannot be read, or of which a weight does not fit the expert.
     """
     for name, scale_name, part in _EXPERTS:
+        transformer, active = getattr(pipe, part, None), dict[str, float]()
         scales = _scales(arguments, name, scale_name)
         for source, scale in zip(getattr(arguments, name), scales, strict=True):
             told = f"{flag_of(name)} {source}"
-            transformer = getattr(pipe, part)
+            assert isinstance(transformer, nn.Module)  # checked with the arguments
             try:
                 file = find_lora(source)
                 weights = _fitting(file, file.weights(), transformer, f"{part} of {arguments.model}")
@@ -106,21 +107,35 @@ def load_lora(pipe: Any, arguments: GenerateArguments) -> None:
                     f"{told} cannot be loaded into {arguments.model} ({error}); give LoRA weights that were made for this "
                     "model"
                 ) from error
-    use_lora(pipe, arguments)
+            if weights.pairs:
+                active[_adapter(source)] = scale
+        _activate(transformer, active)
 
 
 def use_lora(pipe: Any, arguments: GenerateArguments) -> None:
-    """Make those of the loaded sources active that the arguments name, at their weights, and no others."""
+    """Make those of the loaded sources active that the arguments name, at their weights, and no others.
+
+    Raises:
+        ValueError: a source that is not beside the model's weights, as one that was put into them.
+    """
     for name, scale_name, part in _EXPERTS:
-        transformer: Any = getattr(pipe, part, None)
-        loaded = getattr(transformer, "peft_config", {})
-        scales = dict(zip(getattr(arguments, name), _scales(arguments, name, scale_name), strict=True))
-        wanted = {_adapter(source): scale for source, scale in scales.items() if _adapter(source) in loaded}
-        if wanted:
-            transformer.enable_lora()
-            transformer.set_adapters(list(wanted), list(wanted.values()))
-        elif loaded:
-            transformer.disable_lora()
+        transformer, active = getattr(pipe, part, None), dict[str, float]()
+        for source, scale in zip(getattr(arguments, name), _scales(arguments, name, scale_name), strict=True):
+            if _adapter(source) not in getattr(transformer, "peft_config", {}):
+                raise ValueError(
+                    f"{name} {source} is not beside the weights of the {part}, so that it cannot change from line to line; "
+                    f"give it to all by {flag_of(name)}"
+                )
+            active[_adapter(source)] = scale
+        _activate(transformer, active)
+
+
+def _activate(transformer: Any, scales: Mapping[str, float]) -> None:
+    if scales:
+        transformer.enable_lora()
+        transformer.set_adapters(list(scales), list(scales.values()))
+    elif getattr(transformer, "peft_config", {}):
+        transformer.disable_lora()
 
 
 def lora_told(arguments: GenerateArguments) -> dict[str, list[dict[str, Any]]]:
