@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
-from sp_sparse.generate.models import find_model, load_pipeline
+from sp_sparse.generate.models import find_model, load_pipeline, shift_of
 from sp_sparse.generate.random_models import tiny_text_to_video
 from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.ranks import run_ranks
@@ -30,6 +30,7 @@ def _lora(path: Path, seed: int) -> str:
         weights[f"{key}.lora_down.weight"] = torch.randn(4, 128, generator=generator)
         weights[f"{key}.lora_up.weight"] = torch.randn(128, 4, generator=generator)
         weights[f"{key}.alpha"] = torch.tensor(2.0)
+    weights["diffusion_model.blocks.1.self_attn.norm_q.diff"] = torch.randn(128, generator=generator) * 0.2
     save_file(weights, path)
     return str(path)
 
@@ -53,6 +54,10 @@ def _latents(folder: Path, name: str, *flags: str) -> Tensor:
         (["--lora", "a/b,c/d", "--lora-scale", "1,1,1"], "3 numbers for 2 sources of --lora; give one for all, or 2"),
         (["--lora-2", "a/b", "--lora-scale-2", "nan"], "--lora-scale-2 nan is not a number from -100 to 100"),
         (["--lora", "a/b", "--lora-scale", "101"], "--lora-scale 101.0 is not a number from"),
+        (
+            ["--lora", "a/b,c/d,a/b"],
+            "--lora a/b is given twice; give it once, with the sum of both weights as --lora-scale",
+        ),
         (["--boundary-ratio", "1"], "leaves the first expert no step"),
         (["--boundary-ratio", "0"], "--boundary-ratio 0.0 is outside"),
     ],
@@ -107,18 +112,59 @@ def _rank_generates(rank: int, flags: list[str]) -> None:
     assert main(flags) == 0
 
 
-@pytest.mark.parametrize("scheduler", ["FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"])
-def test_four_steps_with_lora_equal_one_rank(scheduler: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheduler", ["euler", "lcm"])
+def test_few_steps_are_those_that_distilled_models_were_taught_at(scheduler: str) -> None:
+    steps = _loaded("--scheduler", scheduler, "--flow-shift", "5").scheduler
+    steps.set_timesteps(4, device="cpu")
+    torch.testing.assert_close(steps.timesteps, torch.tensor([1000, 937.5, 1000 * 5 / 6, 625.0]))
+    assert steps.sigmas[-1] == 0
+    steps.set_timesteps(8)
+    assert steps.timesteps[-1] == pytest.approx(1000 * 5 / 12)
+
+
+def test_a_scheduler_by_name_keeps_the_models_shift() -> None:
+    for name in ("unipc", "euler", "lcm"):
+        assert shift_of(_loaded("--scheduler", name).scheduler) == 3.0
+        assert shift_of(_loaded("--scheduler", name, "--flow-shift", "7").scheduler) == 7.0
+
+
+def test_euler_follows_the_velocity() -> None:
+    steps = _loaded("--scheduler", "euler", "--flow-shift", "5").scheduler
+    steps.set_timesteps(4)
+    x, v = torch.randn(1, 4), torch.randn(1, 4)
+    moved = steps.step(v, steps.timesteps[0], x, return_dict=False)[0]
+    torch.testing.assert_close(moved, x + (0.9375 - 1.0) * v)
+
+
+def test_a_scheduler_without_a_shift_needs_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pipe = tiny_text_to_video(torch.float32)
-    pipe.scheduler = getattr(diffusers, scheduler)(shift=1.0)
+    pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
     pipe.save_pretrained(tmp_path / "model")
+    flags = ["--model", str(tmp_path / "model"), *SMALL, "--scheduler", "lcm", "--output", str(tmp_path / "video.mp4")]
+    assert main(flags) == 2
+    assert "--scheduler lcm needs a shift, and the scheduler of" in capsys.readouterr().err
+    assert main([*flags, "--flow-shift", "5"]) == 0
+
+
+@pytest.mark.parametrize("scheduler", ["FlowMatchLCMScheduler", "euler", "lcm"])
+def test_four_steps_with_lora_equal_one_rank(scheduler: str, tmp_path: Path) -> None:
+    """Those of the model's folder, by the name of their class, and those by flag."""
+    model, by_flag = "tiny", ["--scheduler", scheduler]
+    if hasattr(diffusers, scheduler):
+        pipe = tiny_text_to_video(torch.float32)
+        pipe.scheduler = getattr(diffusers, scheduler)(shift=1.0)
+        pipe.save_pretrained(tmp_path / "model")
+        model, by_flag = str(tmp_path / "model"), []
     lora = _lora(tmp_path / "fast.safetensors", 1)
-    flags = ["--model", str(tmp_path / "model"), *SMALL, *SPARSE, "--flow-shift", "5", "--lora", lora, "--lora-2", lora]
+    flags = ["--model", model, *by_flag, *SMALL, *SPARSE, "--flow-shift", "5", "--lora", lora, "--lora-2", lora]
     flags += ["--lora-scale", "0.5"]
     one = _latents(tmp_path, "one", *flags)
     assert not torch.equal(one, _latents(tmp_path, "unlike", *flags, "--lora-scale-2", "0.25"))
-    for degree in ("ulysses", "ring"):
-        tensor = tmp_path / f"{degree}.pt"
-        places = ["--output", str(tmp_path / f"{degree}.mp4"), "--output-latents", str(tensor)]
-        run_ranks(2, _rank_generates, [*flags, f"--{degree}-degree", "2", *places])
+    # LCM draws noise at every step, so it goes to the hybrid too.
+    meshes: list[tuple[str, ...]] = [("ulysses",), ("ring",)] + [("ulysses", "ring")] * (scheduler == "lcm")
+    for mesh in meshes:
+        tensor = tmp_path / f"{'_'.join(mesh)}.pt"
+        places = ["--output", str(tensor.with_suffix(".mp4")), "--output-latents", str(tensor)]
+        degrees = [f"--{degree}-degree=2" for degree in mesh]
+        run_ranks(2 ** len(mesh), _rank_generates, [*flags, *degrees, *places])
         torch.testing.assert_close(torch.load(tensor, weights_only=True), one, rtol=1e-3, atol=1e-4)

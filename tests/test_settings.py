@@ -102,7 +102,8 @@ def _found(model: Path | str, *flags: str) -> WanModel:
         ),
         (["--sparse-attn-topk", "0.2"], "add --sparse-attn-backend auto"),
         (["--layers", "8"], "--layers 8 is for a14b-random"),
-        (["--layers", "4"], "--layers 4 is for a14b-random"),
+        (["--layers", "4"], "--layers 4 is for a14b-random and ti2v-5b-random"),
+        (["--full"], "--full is for a14b-random and ti2v-5b-random, and the model is tiny; leave it out"),
         (
             ["--guidance-scale", "1", "--negative-prompt", "grey"],
             "--negative-prompt is given, but --guidance-scale 1 switches guidance off.*leave --negative-prompt out",
@@ -126,7 +127,7 @@ def _found(model: Path | str, *flags: str) -> WanModel:
             [*SPARSE, "--sparse-attn-kv-exchange", "all_gather"],
             "all_gather is for ring ranks, and --ring-degree is 1; leave it out",
         ),
-        (["--lora", "/nowhere/x.safetensors"], "--lora '/nowhere/x.safetensors' is no file.*give a .safetensors file"),
+        (["--lora", "/nowhere/x.safetensors"], "--lora /nowhere/x.safetensors is no file.*give a .safetensors file"),
         (["--lora", "/nowhere/x"], "is no file, no folder and no hub id"),
         (["--lora", "tests/x.safetensors"], "is no file"),
         (["--lora-2", f"{Path(__file__).parent}"], "has no weights in it"),
@@ -153,6 +154,7 @@ def test_refused_before_weights_are_read(
         ["--guidance-scale", "2", "--negative-prompt", "grey"],
         [*SPARSE, "--sparse-attn-kv-exchange", "all_gather", "--ring-degree", "2"],
         ["--model", "a14b-random", "--layers", "4"],
+        ["--model", "ti2v-5b-random", "--layers", "30", "--full"],
     ],
 )
 def test_what_something_reads_is_taken(flags: list[str]) -> None:
@@ -305,7 +307,7 @@ def test_the_report_tells_what_was_made(tmp_path: Path) -> None:
     report = _generate(tmp_path, *flags, "--guidance-scale-2=3", "--flow-shift=7", "--fps=12", "--seed=9")
     made: dict[str, Any] = {"height": 96, "width": 64, "num_frames": 5, "num_inference_steps": 3, "guidance_scale": 2.0}
     made |= {"negative_prompt": "", "boundary_ratio": 0.875, "scheduler": "UniPCMultistepScheduler"}
-    made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9}
+    made |= {"guidance_scale_2": 3.0, "flow_shift": 7.0, "fps": 12, "seed": 9, "lora": [], "lora_2": []}
     made |= dict.fromkeys(("image", "last_image", "video", "mask", "strength", "conditioning_scale"))
     made["reference_image"] = []
     assert report["videos"][0]["made"] == made

@@ -27,10 +27,10 @@ T = TypeVar("T")
 # What all videos of a folder share: with another value of one of these they cannot be compared.
 _SHARED = (
     *("model", "layers", "lora", "lora_2", "negative_prompt", "image", "height", "width", "num_frames", "fps"),
-    *("num_inference_steps", "guidance_scale", "guidance_scale_2", "flow_shift"),
+    *("num_inference_steps", "guidance_scale", "guidance_scale_2", "scheduler", "flow_shift"),
 )
 # Likewise, but kept only where they are given: folders that know nothing of these flags are gone on with.
-_SHARED_IF_GIVEN = ("lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling", "last_image")
+_SHARED_IF_GIVEN = ("full", "lora_scale", "lora_scale_2", "boundary_ratio", "vae_tiling", "last_image")
 
 
 def measure(arguments: FidelityArguments, ranks: Ranks) -> int:

@@ -19,6 +19,7 @@ from sp_sparse.generate.mini import MINI
 
 TINY_MODELS = ("tiny", "tiny-i2v", "tiny-ti2v", "tiny-2.1", "tiny-2.1-i2v", "tiny-vace")
 RANDOM_A14B = "a14b-random"
+STAND_INS = (RANDOM_A14B, "ti2v-5b-random")
 RANDOM_LAYERS = 4
 
 # Token blocks of 128 would leave a tiny model with three of them, and mini with 26.
@@ -51,6 +52,11 @@ def _check_scales(sources_name: str, sources: tuple[str, ...], name: str, scales
             f"{flag_of(name)} has {len(scales)} numbers for {len(sources)} sources of {flag_of(sources_name)}; give one for "
             f"all, or {len(sources)}"
         )
+    twice = next((source for source in sources if sources.count(source) > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"{flag_of(sources_name)} {twice} is given twice; give it once, with the sum of both weights as {flag_of(name)}"
+        )
     for scale in scales:
         if not (math.isfinite(scale) and abs(scale) <= _LARGEST_SCALE):
             raise ValueError(
@@ -68,15 +74,19 @@ class GenerateArguments:
 
     model: str = option(
         "tiny",
-        f"{', '.join(TINY_MODELS)} (random weights, run anywhere); a14b-random (full width, random weights); a folder; or a "
-        "hub id",
+        f"{', '.join(TINY_MODELS)} (random weights, run anywhere); a14b-random or ti2v-5b-random (full width, random "
+        "weights); a folder; or a hub id",
     )
     layers: int | None = option(
         None,
-        f"layers of each expert of {RANDOM_A14B}, {RANDOM_LAYERS} if not given; the real model has 40",
+        f"layers of each expert of a model that ends in -random, {RANDOM_LAYERS} if not given; the real A14B has 40, TI2V "
+        "30",
         int,
         at_least=1,
         at_most=1000,
+    )
+    full: bool = option(
+        False, "a model that ends in -random gets a text encoder and a VAE of real size, with random weights too", bool
     )
     sparse_attn_preset: str | None = option(None, PRESET_HELP, choices=tuple(PRESETS))
     lora: tuple[str, ...] = option(
@@ -156,6 +166,11 @@ class GenerateArguments:
         above=0,
         at_most=1,
     )
+    scheduler: str = option(
+        "model",
+        "the steps through the noise: model is that of the model's folder; euler and lcm are for distilled models",
+        choices=("model", "unipc", "euler", "lcm"),
+    )
     flow_shift: float | None = option(
         None, "shift of the noise schedule, above 0, up to 100", float, above=0, at_most=100
     )
@@ -222,10 +237,12 @@ class GenerateArguments:
                 raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
 
     def _check_combinations(self) -> None:
-        if self.layers is not None and self.model != RANDOM_A14B:
-            raise ValueError(
-                f"--layers {self.layers} is for {RANDOM_A14B}, and the model is {self.model}; leave it out"
-            )
+        for name, given in (("layers", self.layers is not None), ("full", self.full)):
+            if given and self.model not in STAND_INS:
+                told = f"--layers {self.layers}" if name == "layers" else "--full"
+                raise ValueError(
+                    f"{told} is for {' and '.join(STAND_INS)}, and the model is {self.model}; leave it out"
+                )
         if self.last_image is not None and self.image is None:
             raise ValueError("--last-image is given without --image; give the first frame, too")
         if self.video is not None and self.image is not None:

@@ -107,7 +107,13 @@ def check_video(arguments: GenerateArguments, model: WanModel, named: Named = fl
     if arguments.strength is not None:
         assert arguments.num_inference_steps is not None  # filled
         check_strength(arguments.strength, arguments.num_inference_steps)
-    if arguments.flow_shift is not None and not model.takes_flow_shift:
+    if arguments.scheduler != "model":
+        if arguments.flow_shift is None and not model.takes_flow_shift:
+            raise ValueError(
+                f"{named('scheduler')} {arguments.scheduler} needs a shift, and the scheduler of {arguments.model} has none "
+                f"or does not use it; add {named('flow_shift')}"
+            )
+    elif arguments.flow_shift is not None and not model.takes_flow_shift:
         raise ValueError(
             f"{named('flow_shift')} {arguments.flow_shift:g}: the scheduler of {arguments.model} has no shift, or does not "
             f"use it; leave {named('flow_shift')} out"

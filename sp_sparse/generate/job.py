@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
-from sp_sparse.generate.asked import fill_defaults
+from sp_sparse.generate.asked import check_second_expert, fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
 from sp_sparse.generate.checks import checked_model, checked_video
 from sp_sparse.generate.files import check_writable
+from sp_sparse.generate.lora import check_line_lora, check_lora, differ_in_lora, with_all_lora
 from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.offload import comings
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
@@ -24,8 +26,10 @@ from sp_sparse.integrations.diffusers import SparseWan
 from sp_sparse.parallel.agreement import check_all_same
 
 
-def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
+def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any] | None = None) -> int:
     """Run the job; every rank calls it with the same arguments.
+
+    `load` gives the pipeline in place of `load_pipeline`, from what that takes.
 
     Returns:
         0, or 1 if `--verify` found a difference above `--verify-tolerance`.
@@ -37,11 +41,13 @@ def generate(arguments: GenerateArguments, ranks: Ranks) -> int:
 
     stages, recorder = Stages(ranks), AttentionRecorder()
     with stages.measure("load"):
-        pipe = ranks.together(lambda: load_pipeline(arguments, model, ranks.device))
+        everything = with_all_lora(arguments, wanted)
+        pipe = ranks.together(lambda: (load or load_pipeline)(everything, model, ranks.device))
     pipe.set_progress_bar_config(disable=not ranks.first, desc="denoise", unit="step")
     with stages.measure("encode"):
         prompts = encode_prompts(pipe, wanted, ranks.device)
-    makers = [VideoMaker(pipe, own, ranks, Start.of(own, model)) for own in wanted]
+    own_lora = differ_in_lora(wanted)
+    makers = [VideoMaker(pipe, own, ranks, Start.of(own, model), own_lora) for own in wanted]
     for maker in makers:
         for name, source in maker.start.told(maker.arguments).items():
             if source is not None:
@@ -81,6 +87,7 @@ def _check(
     """
     wanted = wanted_videos(arguments)
     model = checked_model(wanted[0].arguments, ranks)
+    _check_lora(wanted, model)
     _check_alike(wanted, model)
     filled = tuple(_filled(video, model) for video in wanted)
     if ranks.first:
@@ -88,6 +95,16 @@ def _check(
             check_writable(path)
     # A size may follow a line's picture, so that the job's own is told where one video is all.
     return filled[0] if len(filled) == 1 else fill_defaults(arguments, model), filled, model
+
+
+def _check_lora(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:
+    for video in {(video.arguments.lora, video.arguments.lora_2): video for video in reversed(wanted)}.values():
+        try:
+            check_second_expert(video.arguments, model)
+            check_lora(video.arguments)
+        except ValueError as error:
+            raise video.error(error) from error
+    check_line_lora([video.arguments for video in wanted])
 
 
 def _check_alike(wanted: tuple[WantedVideo, ...], model: WanModel) -> None:

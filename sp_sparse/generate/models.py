@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from sp_sparse.generate import defaults
-from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, TINY_MODELS, GenerateArguments
+from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, STAND_INS, TINY_MODELS, GenerateArguments
 from sp_sparse.generate.defaults import VideoDefaults, defaults_of
 from sp_sparse.generate.lora import load_lora
 from sp_sparse.generate.memory import LOAD, says_what_helps
@@ -20,7 +20,7 @@ from sp_sparse.generate.mini import MINI, mini_folder
 from sp_sparse.generate.offload import offload
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
-    random_a14b,
+    random_stand_in,
     tiny_image_to_video,
     tiny_text_image_to_video,
     tiny_text_to_video,
@@ -28,6 +28,7 @@ from sp_sparse.generate.random_models import (
     tiny_wan_2_1,
     tiny_wan_2_1_image,
 )
+from sp_sparse.generate.real_sizes import T2V_A14B, TI2V_5B
 from sp_sparse.generate.tiles import enable_tiling
 
 _TEXT, _IMAGE, _VIDEO = "WanPipeline", "WanImageToVideoPipeline", "WanVideoToVideoPipeline"
@@ -85,16 +86,15 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
     """
     if arguments.model in TINY_MODELS:
         return _tiny(arguments)
-    if arguments.model == RANDOM_A14B:
-        load = partial(random_a14b, arguments.layers or RANDOM_LAYERS)
-        return WanModel(defaults.T2V_A14B, False, False, False, _large_dtype(device), load)
+    if arguments.model in STAND_INS:
+        return _stand_in(arguments, device)
     if arguments.model == MINI:
         return replace(_pretrained(replace(arguments, model=str(mini_folder())), device), defaults=defaults.MINI)
     return _pretrained(arguments, device)
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
-    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for; with
+    """The pipeline on `device`, with LoRA weights, the boundary of the experts, the scheduler and its shift as asked; with
     `--offload` its weights wait for their turn in the CPU's memory.
 
     Raises:
@@ -113,6 +113,10 @@ def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.d
         enable_tiling(pipe.vae)
     if arguments.boundary_ratio is not None:
         pipe.register_to_config(boundary_ratio=arguments.boundary_ratio)
+    if arguments.scheduler != "model":
+        from sp_sparse.generate.schedulers import named_scheduler  # here, for diffusers is slow to import
+
+        pipe.scheduler = named_scheduler(arguments.scheduler, shift_of(pipe.scheduler) or 1.0)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe
 
@@ -175,6 +179,24 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         takes_last_image=name == "tiny-i2v",
         takes_video=from_video,
         takes_control=name == "tiny-vace",
+    )
+
+
+def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
+    layers, dtype = arguments.layers or RANDOM_LAYERS, _large_dtype(device)
+    if arguments.model == RANDOM_A14B:
+        load = partial(random_stand_in, T2V_A14B, layers, arguments.full, False)
+        return WanModel(defaults.T2V_A14B, False, False, False, dtype, load)
+    from_image = arguments.image is not None
+    return WanModel(
+        defaults=defaults.TI2V_5B,
+        takes_image=from_image,
+        may_take_image=True,
+        draws_image=False,
+        dtype=dtype,
+        load=partial(random_stand_in, TI2V_5B, layers, arguments.full, from_image),
+        experts=TI2V_5B.experts,
+        spatial_multiple=32,
     )
 
 
@@ -284,7 +306,7 @@ def _pipeline_index(model: str) -> dict[str, Any]:
         index: dict[str, Any] = DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model} is neither {', '.join((*TINY_MODELS, RANDOM_A14B))}, nor a folder, nor a hub id that can be "
+            f"--model {model} is neither {', '.join((*TINY_MODELS, *STAND_INS))}, nor a folder, nor a hub id that can be "
             f"reached: {str(error).splitlines()[0]}"
         ) from error
     return index

@@ -36,8 +36,22 @@ class PromptLine:
     width: int | None = _own("width")
     num_frames: int | None = _own("num_frames")
     seed: int | None = _own("seed")
+    lora: tuple[str, ...] | None = _own("lora")
+    lora_2: tuple[str, ...] | None = _own("lora_2")
+    lora_scale: tuple[float, ...] | None = _own("lora_scale")
+    lora_scale_2: tuple[float, ...] | None = _own("lora_scale_2")
 
     def __post_init__(self) -> None:
+        for names, kind, what in (
+            (("lora", "lora_2"), str, "a text, or a list of texts"),
+            (("lora_scale", "lora_scale_2"), int | float, "a number, or a list of numbers"),
+        ):
+            for name in names:
+                value = getattr(self, name)
+                every = value if isinstance(value, list | tuple) else () if value is None else (value,)
+                if any(not isinstance(one, kind) or isinstance(one, bool) for one in every):
+                    raise ValueError(f"{name} {value!r} is not {what}; give such a value")
+                object.__setattr__(self, name, None if value is None else tuple(every))
         for name in ("prompt", "negative_prompt", "image", "last_image", "video", "mask"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -107,15 +121,17 @@ def _read(place: str, text: str) -> dict[str, Any]:
         raise ValueError(f'{place} has no "prompt"; write {{"prompt": "a cat"}}, and any of {", ".join(names)}')
     unknown = sorted(set(values) - set(names))
     if unknown:
-        lora = (
-            "; LoRA weights are loaded once for all lines, by --lora" if any("lora" in key for key in unknown) else ""
-        )
-        raise ValueError(f"{place} has unknown keys {', '.join(unknown)}; known are {', '.join(names)}{lora}")
+        raise ValueError(f"{place} has unknown keys {', '.join(unknown)}; known are {', '.join(names)}")
     empty = sorted(key for key, value in values.items() if value is None)
     if empty:
         raise ValueError(f"{place}: {', '.join(empty)} is null; leave it out, so that the flag's value holds")
     try:
-        PromptLine(**values)
+        line = PromptLine(**values)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
-    return values
+    own = {name: getattr(line, name) for name in values}
+    # The flags' weights are those of the flags' sources.
+    for sources, scales in (("lora", "lora_scale"), ("lora_2", "lora_scale_2")):
+        if sources in own:
+            own.setdefault(scales, ())
+    return own

@@ -1,13 +1,16 @@
-"""Wan with random weights: whole pipelines in miniature, and the A14B transformers in full width."""
+"""Wan with random weights: whole pipelines in miniature, and stand-ins as wide as the published models."""
 
 from __future__ import annotations
 
 import string
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
+
+from sp_sparse.generate.real_sizes import T2V_A14B, RealSize
 
 # Random weights give near-uniform attention, under which a wrong block hardly shows.
 _NORM_SCALE = 2.0
@@ -24,15 +27,21 @@ _TINY: dict[str, Any] = {
     "rope_max_seq_len": TINY_POSITIONS,
 }
 
-# The published T2V-A14B transformers, but for the number of layers.
-_A14B: dict[str, Any] = {
-    "num_attention_heads": 40,
-    "attention_head_dim": 128,
-    "in_channels": 16,
-    "out_channels": 16,
-    "text_dim": 4096,
-    "freq_dim": 256,
-    "ffn_dim": 13824,
+# Of a VAE in miniature.
+_SHALLOW: dict[str, Any] = {
+    "dim_mult": [1, 1, 1, 1],
+    "num_res_blocks": 1,
+    "temperal_downsample": [False, True, True],
+}
+
+_TINY_TEXT_ENCODER: dict[str, Any] = {
+    "vocab_size": 128,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 64,
+    "num_layers": 2,
+    "num_heads": 4,
+    "dropout_rate": 0.0,
 }
 
 
@@ -104,21 +113,45 @@ def tiny_vace(dtype: torch.dtype) -> Any:
     return WanVACEPipeline(**_parts(), transformer=expert, vae=_vae_16())
 
 
+def random_stand_in(
+    size: RealSize, layers: int, full: bool, from_image: bool, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """A model as wide as the published one, made on `device`, so that a job needs the memory and the time of a real one.
+
+    Args:
+        layers: of each expert.
+        full: with text encoder and VAE of real size; else with a VAE in miniature and no text encoder, to measure
+            transformers alone.
+        from_image: a pipeline whose video starts from an image; of TI2V.
+        dtype: of the experts and the text encoder; the VAE is in float32, as the authors run it.
+    """
+    from diffusers import WanImageToVideoPipeline, WanPipeline
+
+    parts: dict[str, Any] = {"scheduler": _scheduler(size.flow_shift), "tokenizer": None, "text_encoder": None}
+    with torch.device(device):
+        parts["transformer"] = _transformer(1, dtype, num_layers=layers, **size.transformer)
+        if size.experts > 1:
+            parts["transformer_2"] = _transformer(2, dtype, num_layers=layers, **size.transformer)
+        if full:
+            parts |= {"tokenizer": _tokenizer(), "text_encoder": _text_encoder(dtype, size.text_encoder)}
+            parts["vae"] = _vae(**size.vae)
+    if not full:
+        parts["vae"] = _vae_48() if size.per_token else _vae_16()
+    pipeline = WanImageToVideoPipeline if from_image else WanPipeline
+    return pipeline(**parts, boundary_ratio=size.boundary_ratio, expand_timesteps=size.per_token)
+
+
 def random_a14b(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
     """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
     measuring."""
-    from diffusers import WanPipeline
-
-    with torch.device(device):
-        experts = _experts(dtype, num_layers=layers, **{**_A14B, **changed})
-    parts = {**_parts(), "tokenizer": None, "text_encoder": None}
-    return WanPipeline(**parts, **experts, vae=_vae_16(), boundary_ratio=0.875)
+    size = replace(T2V_A14B, transformer={**T2V_A14B.transformer, **changed})
+    return random_stand_in(size, layers, False, False, device, dtype)
 
 
 def random_a14b_transformer(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
     """One A14B expert in full width but for what is `changed` of its configuration, made on `device`: for measuring."""
     with torch.device(device):
-        return _transformer(1, dtype, num_layers=layers, **{**_A14B, **changed})
+        return _transformer(1, dtype, num_layers=layers, **{**T2V_A14B.transformer, **changed})
 
 
 def _experts(dtype: torch.dtype, **config: Any) -> dict[str, Any]:
@@ -143,18 +176,10 @@ def _transformer(seed: int, dtype: torch.dtype, kind: str = "WanTransformer3DMod
 
 def _parts() -> dict[str, Any]:
     """Tokenizer, text encoder and scheduler, none of which needs a file."""
-    from diffusers import UniPCMultistepScheduler
-    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
-
-    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    letters = [(c, -3.0) for c in string.ascii_letters + string.digits + string.punctuation]
-    config = UMT5Config(vocab_size=128, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
-    with _seeded(3):
-        encoder = UMT5EncoderModel(config).eval()
     return {
-        "tokenizer": T5Tokenizer(vocab=special + letters, extra_ids=0),
-        "text_encoder": encoder,
-        "scheduler": UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
+        "tokenizer": _tokenizer(),
+        "text_encoder": _text_encoder(torch.float32, _TINY_TEXT_ENCODER),
+        "scheduler": _scheduler(3.0),
     }
 
 
@@ -177,12 +202,35 @@ def _image_encoder() -> tuple[Any, Any]:
     return encoder, CLIPImageProcessor(size={"shortest_edge": side}, crop_size=size)
 
 
+def _tokenizer() -> Any:
+    """Of letters and signs: 128 tokens at most."""
+    from transformers import T5Tokenizer
+
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    letters = [(c, -3.0) for c in string.ascii_letters + string.digits + string.punctuation]
+    return T5Tokenizer(vocab=special + letters, extra_ids=0)
+
+
+def _scheduler(flow_shift: float) -> Any:
+    from diffusers import UniPCMultistepScheduler
+
+    return UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+
+
+def _text_encoder(dtype: torch.dtype, config: dict[str, Any]) -> Any:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with _seeded(3), _default_dtype(dtype):
+        return UMT5EncoderModel(UMT5Config(**config)).eval()
+
+
 def _vae_16() -> Any:
-    return _vae(base_dim=3, z_dim=16)
+    return _vae(**_SHALLOW, base_dim=3, z_dim=16)
 
 
 def _vae_48() -> Any:
     return _vae(
+        **_SHALLOW,
         base_dim=4,
         z_dim=48,
         is_residual=True,
@@ -198,10 +246,8 @@ def _vae_48() -> Any:
 def _vae(**config: Any) -> Any:
     from diffusers import AutoencoderKLWan
 
-    with _seeded(4):
-        vae: Any = AutoencoderKLWan(
-            dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True], **config
-        )
+    with _seeded(4), _default_dtype(torch.float32):
+        vae: Any = AutoencoderKLWan(**config)
     return vae.eval()
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.lora import lora_told, use_lora
 from sp_sparse.generate.memory import DECODE, DENOISE, ENCODE, says_what_helps
 from sp_sparse.generate.models import shift_of
 from sp_sparse.generate.offload import send_home
@@ -147,15 +148,18 @@ class Video:
 
 @dataclass(frozen=True)
 class VideoMaker:
-    """The pipeline and what one video is to be."""
+    """The pipeline and what one video is to be; `own_lora`: whether the videos of the pipeline differ in LoRA weights."""
 
     pipe: Any
     arguments: GenerateArguments
     ranks: Ranks
     start: Start
+    own_lora: bool = False
 
     def make(self, prompt: EncodedPrompt, stages: Stages, repeat: int = 1) -> Video:
         """Denoise on every rank; decode on rank 0, or where the video is in tiles on every rank. A collective call."""
+        if self.own_lora:
+            use_lora(self.pipe, self.arguments)
         seconds = []
         for _ in range(repeat):
             clock = StepClock(self.ranks.device)
@@ -204,6 +208,7 @@ class VideoMaker:
             "conditioning_scale": arguments.conditioning_scale,
             "reference_image": list(arguments.reference_image),
             **self.start.told(arguments),
+            **lora_told(arguments),
         }
 
     def save(self, video: Video, number: int, count: int, stages: Stages) -> dict[str, Any]:
