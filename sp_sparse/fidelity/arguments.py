@@ -81,6 +81,8 @@ class FidelityArguments:
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")
+    fsdp: bool = _shared("fsdp")
+    quantization: str = _shared("quantization")
     dtype: str = _shared("dtype")
     device: str = _shared("device")
     timeout_s: float = _shared("timeout_s")

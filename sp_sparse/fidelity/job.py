@@ -26,6 +26,7 @@ from sp_sparse.generate.models import (
     find_model,
     load_pipeline,
 )
+from sp_sparse.generate.placement import check_placement
 from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.ranks import Ranks
 
@@ -77,6 +78,7 @@ def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArgument
     check_image(base, model)
     check_second_expert(base, model)
     check_lora(base)
+    check_placement(base, ranks.device, model.dtype)
     base = fill_defaults(base, model)
     check_video(base, model)
     steps = base.num_inference_steps
@@ -125,5 +127,7 @@ def _shared_by_all(base: GenerateArguments, model: WanModel, ranks: Ranks) -> di
     values = asdict(base)
     dtype = str(model.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype
     shared = {name: values[name] for name in _SHARED} | {"dtype": dtype, "device": ranks.device.type}
+    if base.quantization != "none":
+        shared["quantization"] = base.quantization
     read_back: dict[str, Any] = json.loads(json.dumps(shared))
     return read_back

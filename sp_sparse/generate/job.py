@@ -19,6 +19,7 @@ from sp_sparse.generate.models import (
     find_model,
     load_pipeline,
 )
+from sp_sparse.generate.placement import check_placement
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report, job_report, write_report
@@ -88,6 +89,7 @@ def _check(
     model = find_model(wanted[0].arguments, ranks.device)
     check_second_expert(arguments, model)
     check_lora(arguments)
+    check_placement(arguments, ranks.device, model.dtype)
     if arguments.vae_tiling:
         check_tiling()
     _check_images(wanted, model)

@@ -23,7 +23,9 @@ from sp_sparse.generate.fits import (
     size_for_picture,
 )
 from sp_sparse.generate.lora import load_lora
+from sp_sparse.generate.mapped import mapped_pipeline
 from sp_sparse.generate.mini import MINI, mini_folder
+from sp_sparse.generate.placement import Placement, placement_of, wanted_dtype
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
     random_a14b,
@@ -67,12 +69,14 @@ class WanModel:
         may_take_image: whether it could, from the same weights.
         draws_image: whether an image may be drawn where none is given.
         dtype: of the transformers, where the arguments leave it open.
-        load: (device, dtype) -> the diffusers pipeline.
+        load: (device, dtype, placement) -> the diffusers pipeline. Where a placement is given its transformers are on the
+            CPU, or placed already.
         experts: 2 where a second transformer takes over at low noise.
         spatial_multiple: heights and widths are multiples of it.
         temporal_multiple: numbers of frames are a multiple of it, plus one.
         positions: patches that a side, and latent frames that a video, may have at most.
         takes_flow_shift: whether the scheduler has a shift that it uses.
+        places_blocks: whether `load` brings the blocks to their place as it makes them.
     """
 
     defaults: VideoDefaults
@@ -80,12 +84,13 @@ class WanModel:
     may_take_image: bool
     draws_image: bool
     dtype: torch.dtype
-    load: Callable[[torch.device, torch.dtype], Any]
+    load: Callable[[torch.device, torch.dtype, Placement | None], Any]
     experts: int = 2
     spatial_multiple: int = 16
     temporal_multiple: int = 4
     positions: int = 1024
     takes_flow_shift: bool = True
+    places_blocks: bool = False
 
 
 def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
@@ -98,7 +103,7 @@ def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
         return _tiny(arguments)
     if arguments.model == RANDOM_A14B:
         load = partial(random_a14b, arguments.layers or RANDOM_LAYERS)
-        return WanModel(_A14B, False, False, False, _large_dtype(device), load)
+        return WanModel(_A14B, False, False, False, _large_dtype(device), load, places_blocks=True)
     if arguments.model == MINI:
         return replace(_pretrained(replace(arguments, model=str(mini_folder())), device), defaults=_MINI)
     return _pretrained(arguments, device)
@@ -202,16 +207,36 @@ def picture_size(path: str) -> tuple[int, int]:
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
-    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for."""
-    dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
-    pipe = model.load(device, dtype).to(device)
+    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for.
+
+    A collective call with `--fsdp`.
+    """
+    dtype = wanted_dtype(arguments, model.dtype)
+    placement = placement_of(arguments, device, dtype)
+    pipe = model.load(device, dtype, placement)
+    if placement is None:
+        pipe.to(device)
+        load_lora(pipe, arguments)
+    else:
+        load_lora(pipe, arguments)
+        _place(pipe, model, placement)
     if arguments.vae_tiling:
         enable_tiling(pipe.vae)
-    load_lora(pipe, arguments)
     if arguments.boundary_ratio is not None:
         pipe.register_to_config(boundary_ratio=arguments.boundary_ratio)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe
+
+
+def _place(pipe: Any, model: WanModel, placement: Placement) -> None:
+    pipe.vae.to(placement.device)
+    if pipe.text_encoder is not None:
+        placement.place_text_encoder(pipe.text_encoder)
+    for transformer in transformers_of(pipe):
+        if model.places_blocks:
+            placement.finish(transformer)
+        else:
+            placement.place(transformer)
 
 
 def fresh_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
@@ -263,7 +288,7 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         may_take_image=from_image or arguments.model == "tiny-ti2v",
         draws_image=True,
         dtype=torch.float32,
-        load=lambda device, dtype: build[arguments.model](dtype),
+        load=lambda device, dtype, placement: build[arguments.model](dtype),
         experts=experts,
         spatial_multiple=multiple,
         positions=TINY_POSITIONS,
@@ -282,13 +307,15 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
     from_image = name == "WanImageToVideoPipeline" or (per_token and arguments.image is not None)
     class_name = "WanImageToVideoPipeline" if from_image else name
 
-    def load(device: torch.device, dtype: torch.dtype) -> Any:
+    def load(device: torch.device, dtype: torch.dtype, placement: Placement | None) -> Any:
         import diffusers
 
         pipeline = getattr(diffusers, class_name)
         # The VAE in float32, as the model's authors run it; straight to the device, since the CPU memory of a machine
         # does not hold the weights once a rank.
         dtypes = {"default": dtype, "vae": torch.float32}
+        if placement is not None:
+            return mapped_pipeline(pipeline, arguments.model, dtypes, device)
         return pipeline.from_pretrained(arguments.model, dtype=dtypes, device_map=device.type)
 
     vae, transformer = (_part_config(arguments.model, part) for part in ("vae", "transformer"))

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sp_sparse.generate.placement import Placement
+
 # Random weights give near-uniform attention, under which a wrong block hardly shows.
 _NORM_SCALE = 2.0
 
@@ -61,13 +63,16 @@ def tiny_text_image_to_video(dtype: torch.dtype, from_image: bool) -> Any:
     return pipeline(**_parts(), transformer=expert, vae=_vae_48(), expand_timesteps=True)
 
 
-def random_a14b(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
+def random_a14b(
+    layers: int, device: torch.device, dtype: torch.dtype, placement: Placement | None = None, **changed: Any
+) -> Any:
     """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
-    measuring."""
+    measuring. Each block is drawn alone, and brought to its place by `placement` if one is given."""
     from diffusers import WanPipeline
 
-    with torch.device(device):
-        experts = _experts(dtype, num_layers=layers, **{**_A14B, **changed})
+    config = {**_A14B, **changed}
+    names = ("transformer", "transformer_2")
+    experts = {name: _by_blocks(layers, seed + 1, device, dtype, placement, config) for seed, name in enumerate(names)}
     parts = {**_parts(), "tokenizer": None, "text_encoder": None}
     return WanPipeline(**parts, **experts, vae=_vae_16(), boundary_ratio=0.875)
 
@@ -76,6 +81,26 @@ def random_a14b_transformer(layers: int, device: torch.device, dtype: torch.dtyp
     """One A14B expert in full width but for what is `changed` of its configuration, made on `device`: for measuring."""
     with torch.device(device):
         return _transformer(1, dtype, num_layers=layers, **{**_A14B, **changed})
+
+
+def _by_blocks(
+    layers: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement | None,
+    config: dict[str, Any],
+) -> Any:
+    with torch.device(device):
+        model = _transformer(seed, dtype, num_layers=0, **config)
+    for layer in range(layers):
+        with torch.device(device):
+            block = _transformer(1000 * seed + layer, dtype, num_layers=1, **config).blocks[0]
+        if placement is not None:
+            placement.place_block(block, model)
+        model.blocks.append(block)
+    model.register_to_config(num_layers=layers)
+    return model
 
 
 def _experts(dtype: torch.dtype, **config: Any) -> dict[str, Any]:

@@ -42,6 +42,8 @@ class ServeArguments:
     dtype: str = _shared("dtype")
     device: str = _shared("device")
     compile: bool = _shared("compile")
+    fsdp: bool = _shared("fsdp")
+    quantization: str = _shared("quantization")
     offload_text_encoder: bool = option(False, "keep the text encoder in the CPU's memory between jobs", bool)
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
@@ -102,6 +104,10 @@ class ServeArguments:
             raise ValueError(
                 f"--host {self.host} can be reached from elsewhere, and there is no API key; set {API_KEY_VARIABLE}, or "
                 "give --no-api-key to serve everyone"
+            )
+        if self.fsdp and self.offload_text_encoder:
+            raise ValueError(
+                "--offload-text-encoder moves a whole text encoder, and --fsdp deals it out; leave --offload-text-encoder out"
             )
         self.limits  # noqa: B018  a limit that lets nothing through is told now
         self.base()

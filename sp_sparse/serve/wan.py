@@ -30,6 +30,7 @@ from sp_sparse.generate.models import (
     fresh_scheduler,
     load_pipeline,
 )
+from sp_sparse.generate.placement import check_placement
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.report import attention_report
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
@@ -73,6 +74,7 @@ class WanBackend:
         self._model = find_model(self._base, ranks.device)
         check_second_expert(self._base, self._model)
         check_lora(self._base)
+        check_placement(self._base, ranks.device, self._model.dtype)
         if self._base.vae_tiling:
             check_tiling()
         check_video(fill_defaults(self._base, self._model), self._model)
