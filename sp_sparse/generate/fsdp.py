@@ -1,4 +1,4 @@
-"""`--fsdp`: weights dealt out over all ranks by torch's FSDP2, block by block, each gathered while the one before it runs."""
+"""`--fsdp`: weights dealt out over all ranks by torch's FSDP2; each block is gathered while the one before it runs."""
 
 from __future__ import annotations
 

@@ -107,7 +107,8 @@ class ServeArguments:
             )
         if self.fsdp and self.offload_text_encoder:
             raise ValueError(
-                "--offload-text-encoder moves a whole text encoder, and --fsdp deals it out; leave --offload-text-encoder out"
+                "--offload-text-encoder moves a whole text encoder, and --fsdp deals it out; leave --offload-text-encoder "
+                "out"
             )
         self.limits  # noqa: B018  a limit that lets nothing through is told now
         self.base()
