@@ -3,21 +3,29 @@
 from __future__ import annotations
 
 import time
+from functools import partialmethod
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
 from torch.distributed.fsdp import FSDPModule
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
+from sp_sparse.fidelity.arguments import FidelityArguments
+from sp_sparse.generate.__main__ import main
+from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.attach import prepare_transformers
 from sp_sparse.generate.fsdp import world_mesh
 from sp_sparse.generate.models import transformers_of
-from sp_sparse.generate.placement import Placement
+from sp_sparse.generate.placement import Placement, check_placement
 from sp_sparse.integrations.diffusers import enable_sparse_attention
+from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.tiny_wan import run, tiny_pipeline
@@ -124,3 +132,110 @@ def test_a_rank_that_fails_between_all_gathers_is_heard_by_all(
 ) -> None:
     _single("t2v")
     run_ranks(degrees[0] * degrees[1] * degrees[2], _check_heard, degrees, failing, place, call, before)
+
+
+SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "4"]
+SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-block-size", "8", "--sparse-attn-topk", "0.5"]
+
+
+def _rank_generates(rank: int, flags: list[str]) -> None:
+    assert main(flags) == 0
+
+
+def _lora(path: Path) -> str:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"A": (4, 128), "B": (128, 4)}
+    weights = {
+        f"transformer.{layer}.lora_{side}.weight": torch.randn(*shapes[side], generator=generator)
+        for layer in ("blocks.0.attn1.to_q", "blocks.1.attn2.to_v", "condition_embedder.text_embedder.linear_2")
+        for side in shapes
+    }
+    save_file(weights, path)
+    return str(path)
+
+
+def test_a_folder_with_lora_weights_gives_the_video_of_one_rank(tmp_path: Path) -> None:
+    tiny_pipeline("t2v").save_pretrained(tmp_path / "model")
+    lora = _lora(tmp_path / "lora.safetensors")
+    flags = ["--model", str(tmp_path / "model"), *SMALL, *SPARSE]
+    with_lora = [*flags, "--lora", lora, "--lora-2", lora, "--lora-scale-2", "0.5"]
+
+    def named(name: str, flags: list[str]) -> list[str]:
+        return [*flags, "--output", str(tmp_path / f"{name}.mp4"), "--output-latents", str(tmp_path / f"{name}.pt")]
+
+    run_ranks(2, _rank_generates, named("two", [*with_lora, "--ring-degree", "2", "--fsdp"]))
+    assert main(named("one", with_lora)) == 0
+    assert main(named("without", flags)) == 0
+    two, one, without = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two", "one", "without"))
+    assert relative_error(two, one) < 2e-5
+    assert relative_error(without, one) > 1e-2
+
+
+def _check_compiled(rank: int) -> None:
+    compile_ = nn.Module.compile
+    nn.Module.compile = partialmethod(compile_, backend="eager")  # type: ignore[assignment,method-assign]
+    pipe = _dealt_out("t2v", ULYSSES)
+    arguments = parse_arguments([*SPARSE, "--ulysses-degree", "2", "--compile"])
+    prepare_transformers(pipe, arguments, SequenceParallelMesh(*ULYSSES))
+    assert all(block._compiled_call_impl is not None for block in pipe.transformer.blocks)
+    assert relative_error(run(pipe), _single("t2v")) < 2e-5
+
+
+def test_compiled_blocks_are_dealt_out_too() -> None:
+    _single("t2v")
+    run_ranks(2, _check_compiled)
+
+
+def _rank_fails(rank: int, flags: list[str]) -> None:
+    if rank == 1:
+        placed = Placement.place
+
+        def place(self: Placement, transformer: Any) -> None:
+            placed(self, transformer)
+            _fail_in(transformer.blocks[0].ffn, 1, before=False)
+
+        Placement.place = place  # type: ignore[method-assign]
+    assert main(flags) == 2  # 1 for one that waited in vain
+
+
+def test_generate_ends_on_all_ranks_when_one_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    _single("t2v")  # what is imported on the way is imported once
+    flags = ["--model", "tiny", *SMALL, *SPARSE, "--output", str(tmp_path / "video.mp4")]
+    run_ranks(2, _rank_fails, [*flags, "--cfg-parallel-degree", "2", "--fsdp"])
+    errors = {line for line in capfd.readouterr().err.splitlines() if "error:" in line}
+    told = "error: another rank failed, and with it this step here (rank 1: OutOfMemoryError: no memory); mend that"
+    assert any(told in line for line in errors)
+    assert any(line.endswith("rank 1: error: no memory") for line in errors)
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (SPARSE, "over the ranks of a job, and there is one; start several, such as"),
+        (["--ulysses-degree", "2"], "which --sparse-attn-backend none leaves off; use --sparse-attn-backend auto"),
+        ([*SPARSE, "--ring-degree", "2", "--model", "a14b-random", "--lora", "a/b"], "before --lora could change them"),
+    ],
+)
+def test_refused(flags: list[str], text: str) -> None:
+    for arguments in (parse_arguments(["--fsdp", *flags]), parse_serve_arguments(["--fsdp", *flags]).base()):
+        with pytest.raises(ValueError, match=text):
+            check_placement(arguments, torch.device("cpu"), torch.float32)
+
+
+def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.6.0+cpu")
+    with pytest.raises(ValueError, match=r"needs torch 2\.7 or newer, and this is 2\.6\.0\+cpu"):
+        check_placement(parse_arguments(["--fsdp", *SPARSE, "--ring-degree", "2"]), torch.device("cpu"), torch.float32)
+
+
+def test_one_rank_is_refused_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--fsdp", *SPARSE]) == 2
+    assert "start several, such as `torchrun --nproc-per-node 2`" in capsys.readouterr().err
+
+
+def test_the_commands_share_the_flag() -> None:
+    flags = ["--fsdp", *SPARSE, "--ring-degree", "2"]
+    assert parse_serve_arguments(flags).base().fsdp
+    assert FidelityArguments(prompts="p.txt", output="o", fsdp=True, ring_degree=2).base().fsdp
+    with pytest.raises(ValueError, match="--fsdp deals it out; leave --offload-text-encoder out"):
+        parse_serve_arguments([*flags, "--offload-text-encoder"])

@@ -11,7 +11,7 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def mapped_pipeline(kind: Any, model: str, dtypes: dict[str, torch.dtype], device: torch.device) -> Any:
-    """The pipeline of class `kind` in a folder or hub repository; all but the transformers on `device`, as `dtypes` has it."""
+    """The pipeline of class `kind` in a folder or hub repository: all but its transformers on `device`, in `dtypes`."""
     import diffusers
 
     folder = Path(model) if Path(model).is_dir() else Path(diffusers.DiffusionPipeline.download(model))
