@@ -91,10 +91,6 @@ def check_placement(arguments: GenerateArguments, device: torch.device, dtype: t
         check_fsdp(arguments)
     if arguments.quantization == "fp8":
         check_fp8(device, wanted_dtype(arguments, dtype))
-    if arguments.fsdp and arguments.quantization != "none":
-        raise ValueError(
-            f"--fsdp cannot deal out the weights of --quantization {arguments.quantization}; leave out one of them"
-        )
     for flag, given in (("--fsdp", arguments.fsdp), ("--quantization fp8", arguments.quantization == "fp8")):
         if given and arguments.model == RANDOM_A14B and (arguments.lora or arguments.lora_2):
             raise ValueError(

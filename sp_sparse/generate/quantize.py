@@ -1,12 +1,10 @@
 """`--quantization fp8`: weights and activations of the blocks' linear layers in float8, by torchao.
 
-Each row of a weight and each token of an input has its own scale (`PerRow`). Everything else keeps its dtype: embeddings,
-norms, modulation, attention itself and the output projection.
+Each row of a weight and each token of an input has its own scale (`PerRow`), so that a token is rounded alike whichever rank
+has it. Everything else keeps its dtype: embeddings, norms, modulation, attention itself and the output projection.
 """
 
 from __future__ import annotations
-
-import importlib.util
 
 import torch
 from torch import nn
@@ -23,8 +21,13 @@ def check_fp8(device: torch.device, dtype: torch.dtype) -> None:
         ValueError: no torchao, no GPU with float8, or weights that are not bfloat16.
     """
     remedy = "leave --quantization out"
-    if importlib.util.find_spec("torchao") is None:
-        raise ValueError(f'--quantization fp8 needs torchao; pip install "sp-sparse[fp8]", or {remedy}')
+    try:
+        import sp_sparse.generate.float8  # noqa: F401
+    except ImportError as error:
+        raise ValueError(
+            f'--quantization fp8 needs torchao, and a torch that it knows ({error}); pip install "sp-sparse[fp8]", or '
+            f"{remedy}"
+        ) from error
     check_hardware(device, remedy)
     if dtype is not torch.bfloat16:
         raise ValueError(
@@ -58,15 +61,15 @@ def quantize_block(block: nn.Module) -> None:
     """Quantize the linear layers of a block in place.
 
     Raises:
-        ValueError: a layer whose sides are not multiples of 16, which torchao would leave as it is.
+        ValueError: a layer whose sides are not multiples of 16, which has no float8 product.
     """
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
+    from sp_sparse.generate.float8 import Float8Linear
 
-    for name, layer in block.named_modules():
-        if isinstance(layer, nn.Linear) and (layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE):
+    layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+    for name, layer in layers.items():
+        if layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE:
             raise ValueError(
                 f"--quantization fp8 needs layers whose sides are multiples of {_MULTIPLE}, and {name} is "
                 f"{layer.in_features} x {layer.out_features}; leave --quantization out"
             )
-    # Without torchao's settings of the compiler, which would be those of the whole process.
-    quantize_(block, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow(), set_inductor_config=False))
+        block.set_submodule(name, Float8Linear(layer))
