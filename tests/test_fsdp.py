@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("diffusers")
 
+from diffusers.hooks import TaylorSeerCacheConfig
 from torch.distributed.fsdp import FSDPModule
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
@@ -132,6 +133,38 @@ def test_a_rank_that_fails_between_all_gathers_is_heard_by_all(
 ) -> None:
     _single("t2v")
     run_ranks(degrees[0] * degrees[1] * degrees[2], _check_heard, degrees, failing, place, call, before)
+
+
+def _check_cached(rank: int) -> None:
+    pipe = _dealt_out("t2v", HALVES)
+    pipe.transformer.enable_cache(TaylorSeerCacheConfig(cache_interval=2, use_lite_mode=True))
+    with pytest.raises(ValueError, match=r"TaylorSeerCacheConfig skips blocks.*; call disable_cache\(\)"):
+        run(pipe)
+    pipe.transformer.disable_cache()
+    assert relative_error(run(pipe), _single("t2v")) < 2e-5
+
+
+def test_a_step_cache_is_refused() -> None:
+    _single("t2v")
+    run_ranks(2, _check_cached)
+
+
+def _check_order(rank: int) -> None:
+    del FSDPModule.reset_iter_state
+    pipe = _dealt_out("t2v", ULYSSES)
+    run(pipe)
+    blocks = pipe.transformer.blocks
+    assert not pipe.transformer._get_fsdp_state()._comm_ctx.post_forward_order
+    assert not any(block._get_fsdp_state()._fsdp_param_group._post_forward_indices for block in blocks)
+    assert relative_error(run(pipe), _single("t2v")) < 2e-5
+
+
+@pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="what an older torch has is tested by the others"
+)
+def test_nothing_grows_with_an_older_torch() -> None:
+    _single("t2v")
+    run_ranks(2, _check_order)
 
 
 SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "4"]
