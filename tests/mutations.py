@@ -45,6 +45,105 @@ class Mutation:
 
 
 MUTATIONS = (
+    # Weights that are dealt out, rounded, and brought to their place
+    Mutation(
+        "a failed rank gathers no weights for the others where its half has no other ranks",
+        "integrations/diffusers/forward_end.py",
+        "elif error is not None and self._dealt_out and not self._go_through(error):",
+        "elif False:",
+        "fsdp",
+    ),
+    Mutation(
+        "a failed rank gathers the next block later than the others",
+        "integrations/diffusers/forward_end.py",
+        "model.blocks[number : number + 2]",
+        "model.blocks[number : number + 1]",
+        "fsdp",
+    ),
+    Mutation(
+        "the block in which a rank failed is not gathered again",
+        "integrations/diffusers/forward_end.py",
+        "                settle(model, blocks_of(model))",
+        "                pass",
+        "fsdp",
+    ),
+    Mutation(
+        "a half that fails before its forward leaves the other in its gathers",
+        "integrations/diffusers/cfg.py",
+        "if error is not None and step is not None and not step.begun:",
+        "if False:",
+        "fsdp",
+    ),
+    Mutation(
+        "what stands around the blocks is dealt out, too",
+        "generate/fsdp.py",
+        "ignored_params=others if whole else None",
+        "ignored_params=None",
+        "fsdp",
+    ),
+    Mutation(
+        "FSDP2's order of blocks grows with every forward",
+        "generate/fsdp.py",
+        "    model.register_forward_hook(lambda *_: settle(model, blocks))\n",
+        "",
+        "fsdp",
+    ),
+    Mutation(
+        "one rank deals out its weights",
+        "generate/fsdp.py",
+        "if arguments.ranks_wanted == 1:",
+        "if False:",
+        "fsdp",
+    ),
+    Mutation(
+        "a step cache with weights that are dealt out",
+        "integrations/diffusers/caches.py",
+        "if is_sharded(self._model):",
+        "if False:",
+        "fsdp",
+    ),
+    Mutation(
+        "LoRA weights are left behind by float8",
+        "generate/placement.py",
+        "            _fuse_lora(module)\n",
+        "            pass\n",
+        "quantize",
+    ),
+    Mutation(
+        "weights that stay in float32 are cast",
+        "generate/placement.py",
+        "torch.float32 if kept else self.dtype",
+        "self.dtype",
+        "placement",
+    ),
+    Mutation(
+        "a whole transformer is cast while it is loaded",
+        "generate/mapped.py",
+        '_stored_dtype(folder / name) or dtypes["default"]',
+        "torch.bfloat16",
+        "placement",
+    ),
+    Mutation(
+        "a token's rounding depends on the others",
+        "generate/float8.py",
+        "QuantizeTensorToFloat8Kwargs(granularity=PerRow())",
+        "QuantizeTensorToFloat8Kwargs()",
+        "quantize",
+    ),
+    Mutation(
+        "float8 on a CPU",
+        "generate/quantize.py",
+        'if device.type != "cuda":',
+        "if False:",
+        "quantize",
+    ),
+    Mutation(
+        "videos in float8 are compared with others",
+        "fidelity/job.py",
+        'if base.quantization != "none":',
+        "if False:",
+        "quantize",
+    ),
     # Tiles of the VAE, and who decodes them
     Mutation(
         "a tile is blended with a neighbour that is not",
@@ -1510,22 +1609,22 @@ MUTATIONS = (
     Mutation(
         "a failed rank does not gather with the others",
         "integrations/diffusers/forward_end.py",
-        "if not call.has_left:",
+        "if self._meets and not call.has_left:",
         "if False:",
         "forward_end",
     ),
     Mutation(
         "a failed rank goes through all layers again",
         "integrations/diffusers/forward_end.py",
-        "[call.layers_done :]",
-        "[0:]",
+        "range(call.layers_done, len(self._layers))",
+        "range(len(self._layers))",
         "forward_end",
     ),
     Mutation(
         "a layer left half-done is gone through",
         "integrations/diffusers/forward_end.py",
-        "if call.is_within or",
-        "if",
+        "(call.is_within and self._meets) or ",
+        "",
         "forward_end",
     ),
     Mutation(
@@ -1623,9 +1722,8 @@ MUTATIONS = (
     Mutation(
         "guidance: a step that failed stays open",
         "integrations/diffusers/cfg.py",
-        '"""The step has ended on this rank, well or by `error`; what to raise if it failed on any. A collective call."""\n'
-        "        self._step = None",
-        '""""""',
+        "step, self._step = self._step, None",
+        "step = self._step",
         "guidance",
     ),
     Mutation(

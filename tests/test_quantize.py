@@ -20,6 +20,7 @@ pytest.importorskip("torchao")
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.fidelity.arguments import FidelityArguments
+from sp_sparse.fidelity.job import _shared_by_all
 from sp_sparse.generate import quantize
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
@@ -27,6 +28,7 @@ from sp_sparse.generate.float8 import Float8Linear
 from sp_sparse.generate.models import find_model, load_pipeline, transformers_of
 from sp_sparse.generate.placement import check_placement
 from sp_sparse.generate.quantize import check_hardware, quantize_block
+from sp_sparse.generate.ranks import Ranks
 from sp_sparse.integrations.diffusers import enable_sparse_attention
 from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.oracle import relative_error
@@ -188,15 +190,16 @@ def test_refused_in_another_dtype() -> None:
 def test_refused_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "sp_sparse.generate.float8")
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(
-        ValueError, match=r"needs torchao, .* halted.*; pip install \"sp-sparse\[fp8\]\", or leave"
-    ):
+    with pytest.raises(ValueError, match=r"needs torchao, .* halted.*; pip install \"sp-sparse\[fp8\]\", or leave"):
         check_placement(parse_arguments(FLAGS), CPU, torch.float32)
 
 
 def test_the_commands_share_the_flags() -> None:
     assert parse_serve_arguments(FLAGS).base().quantization == "fp8"
-    assert FidelityArguments(prompts="p.txt", output="o", quantization="fp8").base().quantization == "fp8"
+    base = FidelityArguments(prompts="p.txt", output="o", quantization="fp8").base()
+    assert base.quantization == "fp8"
+    # Videos of one folder are compared with each other.
+    assert _shared_by_all(base, find_model(base, CPU), Ranks(0, 1, CPU))["quantization"] == "fp8"
 
 
 @pytest.mark.gpu
