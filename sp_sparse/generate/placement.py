@@ -7,6 +7,7 @@ out; then comes the next.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,8 +55,7 @@ class Placement:
         for name, part in transformer.named_children():
             if name not in ("blocks", "vace_blocks"):
                 self._move(part, transformer)
-        for own in transformer.parameters(recurse=False):
-            own.data = own.to(self.device)
+        self._cast(transformer.named_parameters(recurse=False), transformer)
         if self.quantized and getattr(transformer, "peft_config", None):
             transformer.unload_lora()  # its weights are in the others by now
         if self.mesh is not None:
@@ -75,10 +75,13 @@ class Placement:
         module.to(self.device)
         if self.quantized:
             _fuse_lora(module)
-        for name, weight in module.named_parameters():
+        self._cast(module.named_parameters(), transformer)
+
+    def _cast(self, weights: Iterable[tuple[str, nn.Parameter]], transformer: Any) -> None:
+        for name, weight in weights:
             # As from_pretrained does: these stay in float32 whatever the dtype.
             kept = any(part in (transformer._keep_in_fp32_modules or ()) for part in name.split("."))
-            weight.data = weight.to(torch.float32 if kept else self.dtype)
+            weight.data = weight.to(self.device, torch.float32 if kept else self.dtype)
 
 
 def check_placement(arguments: GenerateArguments, device: torch.device, dtype: torch.dtype) -> None:
