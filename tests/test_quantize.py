@@ -33,7 +33,7 @@ from sp_sparse.integrations.diffusers import enable_sparse_attention
 from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.oracle import relative_error
 from tests.ranks import run_ranks
-from tests.tiny_wan import run
+from tests.tiny_wan import inputs, run
 
 CPU = torch.device("cpu")
 FLAGS = ["--dtype", "bfloat16", "--quantization", "fp8"]
@@ -141,12 +141,14 @@ def test_lora_weights_are_fused_before(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("float8_on_cpu")
 def test_compiled_blocks_give_the_same() -> None:
-    pipe = _loaded(*FLAGS)
-    once = _video(pipe)
-    compiled = _loaded(*FLAGS)
-    for transformer in transformers_of(compiled):
-        transformer.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
-    assert relative_error(_video(compiled), once) < 2e-2
+    model = _loaded(*FLAGS).transformer
+    given = {
+        name: x.bfloat16() if name != "timestep" else x for name, x in inputs(model).items() if name != "return_dict"
+    }
+    with torch.no_grad():
+        once = model(**given).sample
+        model.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        assert torch.equal(model(**given).sample, once)
 
 
 def test_layers_of_odd_sides_are_refused() -> None:
