@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import time
 from functools import partialmethod
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,7 @@ from tests.oracle import relative_error
 from tests.ranks import run_ranks
 from tests.tiny_wan import run, tiny_pipeline
 
+ROOT = Path(__file__).resolve().parent.parent
 CONFIG = SparseAttentionConfig(
     backend="reference", topk=0.4, schedule="constant", block_size=(16, 16), token_order="hilbert"
 )
@@ -270,3 +274,22 @@ def test_the_commands_share_the_flag() -> None:
     assert FidelityArguments(prompts="p.txt", output="o", fsdp=True, ring_degree=2).base().fsdp
     with pytest.raises(ValueError, match="--fsdp deals it out; leave --offload-text-encoder out"):
         parse_serve_arguments([*flags, "--offload-text-encoder"])
+
+
+@pytest.mark.multigpu
+@pytest.mark.parametrize("flags", [[], ["--quantization", "fp8", "--compile"]], ids=["bf16", "fp8"])
+def test_two_gpus_equal_one(tmp_path: Path, flags: list[str]) -> None:
+    """At full width, over NCCL."""
+    if flags and (torch.cuda.get_device_capability() < (8, 9) or find_spec("torchao") is None):
+        pytest.skip("needs torchao, and a GPU with float8 matrix products")
+    size = ["--height", "256", "--width", "256", "--num-frames", "17", "--num-inference-steps", "4"]
+    made = ["--model", "a14b-random", "--layers", "3", *size, "--sparse-attn-backend", "triton", *flags]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    latents = []
+    for name, start, mesh in (("one", [], []), ("two", torchrun, ["--ulysses-degree", "2", "--fsdp"])):
+        out = ["--output", str(tmp_path / f"{name}.mp4"), "--output-latents", str(tmp_path / f"{name}.pt")]
+        command = [sys.executable, *start, "-m", "sp_sparse.generate", *made, *mesh, *out]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stdout + done.stderr
+        latents.append(torch.load(tmp_path / f"{name}.pt", weights_only=True).float())
+    assert relative_error(latents[1], latents[0]) < 5e-2

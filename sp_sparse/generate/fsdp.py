@@ -33,7 +33,7 @@ def check_fsdp(arguments: GenerateArguments) -> None:
 
 
 def world_mesh(device: torch.device) -> Any:
-    """All ranks of the job, those of both guidance halves. A collective call."""
+    """All ranks of the job, those of both guidance halves."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import DeviceMesh
 

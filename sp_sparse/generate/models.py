@@ -207,10 +207,7 @@ def picture_size(path: str) -> tuple[int, int]:
 
 
 def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.device) -> Any:
-    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for.
-
-    A collective call with `--fsdp`.
-    """
+    """The pipeline on `device`, with LoRA weights, the boundary of the experts and the flow shift that were asked for."""
     dtype = wanted_dtype(arguments, model.dtype)
     placement = placement_of(arguments, device, dtype)
     pipe = model.load(device, dtype, placement)

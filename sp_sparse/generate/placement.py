@@ -103,7 +103,7 @@ def check_placement(arguments: GenerateArguments, device: torch.device, dtype: t
 
 
 def placement_of(arguments: GenerateArguments, device: torch.device, dtype: torch.dtype) -> Placement | None:
-    """What the arguments ask for; None where each component is loaded to the device as it is. A collective call."""
+    """What the arguments ask for; None where each component is loaded to the device as it is."""
     quantized = arguments.quantization == "fp8"
     if not (quantized or arguments.fsdp):
         return None
