@@ -22,6 +22,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from sp_sparse import SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.fidelity.arguments import FidelityArguments
+from sp_sparse.generate import random_models
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
 from sp_sparse.generate.attach import prepare_transformers
@@ -204,6 +205,20 @@ def test_a_folder_with_lora_weights_gives_the_video_of_one_rank(tmp_path: Path) 
     two, one, without = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two", "one", "without"))
     assert relative_error(two, one) < 2e-5
     assert relative_error(without, one) > 1e-2
+
+
+def test_random_weights_are_dealt_out_as_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64}
+    monkeypatch.setattr(random_models, "_A14B", {**random_models._A14B, **narrow})
+    flags = ["--model", "a14b-random", "--layers", "3", *SMALL, *SPARSE]
+
+    def named(name: str) -> list[str]:
+        return ["--output", str(tmp_path / f"{name}.mp4"), "--output-latents", str(tmp_path / f"{name}.pt")]
+
+    assert main([*flags, *named("one")]) == 0
+    run_ranks(2, _rank_generates, [*flags, "--ulysses-degree", "2", "--fsdp", *named("two")])
+    two, one = (torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("two", "one"))
+    assert relative_error(two, one) < 2e-5
 
 
 def _check_compiled(rank: int) -> None:
