@@ -124,10 +124,10 @@ MUTATIONS = (
         "placement",
     ),
     Mutation(
-        "a token's rounding depends on the others",
-        "generate/float8.py",
-        "QuantizeTensorToFloat8Kwargs(granularity=PerRow())",
-        "QuantizeTensorToFloat8Kwargs()",
+        "a layer that has no float8 product",
+        "generate/quantize.py",
+        "if layer.in_features % _MULTIPLE or layer.out_features % _MULTIPLE:",
+        "if False:",
         "quantize",
     ),
     Mutation(
