@@ -130,7 +130,7 @@ def _transformer_loop(device: torch.device, mesh: SequenceParallelMesh, argument
 
 
 def _pipeline_loop(device: torch.device, mesh: SequenceParallelMesh, arguments: argparse.Namespace) -> Loop:
-    pipe = random_a14b(arguments.layers, device, _dtype(device), **(_NARROW if arguments.small else {}))
+    pipe = random_a14b(arguments.layers, device, _dtype(device), None, **(_NARROW if arguments.small else {}))
     pipe.set_progress_bar_config(disable=True)
     enable_sparse_attention(pipe, _config(arguments), mesh)
     if arguments.compile:

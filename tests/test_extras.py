@@ -17,6 +17,7 @@ FRAMEWORKS = {
     *("vllm", "vllm_omni"),
     *("fastapi", "uvicorn", "pydantic", "httpx"),
     *("torchmetrics", "matplotlib"),
+    "torchao",
 }
 
 # Those that may know a framework.

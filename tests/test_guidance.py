@@ -298,7 +298,7 @@ def test_a_call_within_ours_ends_no_step_of_its_own() -> None:
         return halves.branch("cond", lambda: 2 * x, x, 2)
 
     with mock.patch.object(standing, "meet", wraps=standing.meet) as meet:
-        with halves.watching(lambda name, **_: nullcontext(), lambda: None)("cond", step_index=1):
+        with halves.watching(lambda name, **_: nullcontext(), lambda: None, lambda: None)("cond", step_index=1):
             assert torch.equal(halves.branch("cond", inner, x, 2), 2 * x)
         assert meet.call_count == 1
 

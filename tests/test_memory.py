@@ -30,6 +30,7 @@ from sp_sparse.serve.runner import job_error
 from tests.ranks import run_ranks
 
 SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
+FP8 = "--quantization fp8 (compute capability 8.9 and newer)"
 DEGREES, LESS = "a higher --ulysses-degree or --ring-degree, on more GPUs", "a smaller or shorter video"
 
 
@@ -38,6 +39,7 @@ DEGREES, LESS = "a higher --ulysses-degree or --ring-degree, on more GPUs", "a s
     [
         (["--offload", "all"], "--offload"),
         (["--offload", "layers", "--ring-degree", "2"], "both hook into every layer; use --offload idle, or"),
+        (["--offload", "idle", "--fsdp", "--ring-degree", "2"], "moves whole ones to it; leave out one of them"),
     ],
 )
 def test_contradictions_are_refused_before_loading(flags: list[str], text: str) -> None:
@@ -58,16 +60,20 @@ def test_the_flags_are_shared(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "stage", "expected"),
     [
-        (MemoryOptions(), LOAD, ("--offload idle", "--offload layers")),
+        (MemoryOptions(), LOAD, ("--offload idle", FP8, "--offload layers")),
         (MemoryOptions(), ENCODE, ("--offload idle", "--offload layers")),
-        (MemoryOptions(), DENOISE, ("--offload idle", "--offload layers", DEGREES, LESS)),
+        (MemoryOptions(), DENOISE, ("--offload idle", FP8, "--offload layers", DEGREES, LESS)),
+        (MemoryOptions(ranks=2), ENCODE, ("--offload idle", "--fsdp", "--offload layers")),
+        (MemoryOptions(ranks=2), DENOISE, ("--offload idle", FP8, "--fsdp", "--offload layers", DEGREES, LESS)),
+        (MemoryOptions(ranks=2, fsdp=True), DENOISE, (FP8, DEGREES, LESS)),
         (MemoryOptions(), DECODE, ("--vae-tiling", "--offload idle", LESS)),
-        (MemoryOptions(offload="idle"), DENOISE, ("--offload layers", DEGREES, LESS)),
+        (MemoryOptions(offload="idle"), DENOISE, (FP8, "--offload layers", DEGREES, LESS)),
+        (MemoryOptions(offload="idle", ranks=2), DENOISE, (FP8, "--offload layers", DEGREES, LESS)),
         (MemoryOptions(offload="idle", vae_tiling=True), DECODE, (LESS,)),
-        (MemoryOptions(offload="layers"), LOAD, ()),
-        (MemoryOptions(offload="layers"), DENOISE, (DEGREES, LESS)),
+        (MemoryOptions(offload="layers", quantization="fp8"), LOAD, ()),
+        (MemoryOptions(offload="layers"), DENOISE, (FP8, DEGREES, LESS)),
         # What would be refused is not told.
-        (MemoryOptions(foreign_parallelism=True), DENOISE, ("--offload idle", DEGREES, LESS)),
+        (MemoryOptions(foreign_parallelism=True, ranks=2), DENOISE, ("--offload idle", FP8, DEGREES, LESS)),
     ],
 )
 def test_what_helps(options: MemoryOptions, stage: str, expected: tuple[str, ...]) -> None:
@@ -133,9 +139,13 @@ def _rank_runs_out_in_decode(rank: int, folder: str) -> None:
 def test_generate_tells_it_on_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     places = ["--output", str(tmp_path / "video.mp4")]
     for stage, target, helps in (
-        (LOAD, "sp_sparse.generate.models.load_lora", "--offload idle; --offload layers"),
+        (LOAD, "sp_sparse.generate.models.load_lora", f"--offload idle; {FP8}; --offload layers"),
         (ENCODE, "diffusers.WanPipeline.encode_prompt", "--offload idle; --offload layers"),
-        (DENOISE, "diffusers.WanTransformer3DModel.forward", f"--offload idle; --offload layers; {DEGREES}; {LESS}"),
+        (
+            DENOISE,
+            "diffusers.WanTransformer3DModel.forward",
+            f"--offload idle; {FP8}; --offload layers; {DEGREES}; {LESS}",
+        ),
         (DECODE, "diffusers.AutoencoderKLWan.decode", f"--vae-tiling; --offload idle; {LESS}"),
     ):
         with pytest.MonkeyPatch.context() as patch:

@@ -137,6 +137,7 @@ def _rank_fails(rank: int, folder: str, flags: list[str], kind: str, failing: in
         attach(pipe, arguments.sparse, build_mesh(arguments), AttentionRecorder())
         armed = True
         told = "memory ran out in denoise; less is taken, in this order, with "
+        told += r"--quantization fp8 \(compute capability 8\.9 and newer\); "
         told += "--offload layers; a higher" if kind == "idle" else "a higher"
         with pytest.raises(NotEnoughMemoryError, match=told) as raised:
             denoise(pipe, arguments, prompt, StepClock(cpu), Start())
@@ -335,8 +336,9 @@ def test_a_job_after_one_that_failed_is_right(kind: str, tmp_path: Path) -> None
             videos.append(decoded_pixels(server.content(server.completed(prompt="a cat", **job)["id"])))
             failed = server.ended(server.create(prompt="fail", **job)["id"])
             assert (failed["status"], failed["error"]["code"]) == ("failed", "out_of_memory")
-            helps = ", or have it started with --offload layers" if kind == "idle" else ""
-            assert failed["error"]["message"].endswith(f"ask for a smaller or shorter video{helps}")
+            helps = "--quantization fp8 (compute capability 8.9 and newer)"
+            helps += " or --offload layers" if kind == "idle" else ""
+            assert failed["error"]["message"].endswith(f"shorter video, or have it started with {helps}")
         assert server.stop() == [0, 0], "no process was started anew"
         assert "NotEnoughMemoryError: memory ran out in denoise; less is taken" in server.log
     run_ranks(2, _rank_makes, str(tmp_path / "plain.mp4"))

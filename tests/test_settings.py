@@ -219,7 +219,7 @@ def test_the_largest_seed_makes_a_video(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", TINY_MODELS)
 def test_what_is_known_of_the_tiny_models_is_so(model: str) -> None:
     known = _found(model)
-    pipe = known.load(CPU, torch.float32)
+    pipe = known.load(CPU, torch.float32, None)
     config = pipe.transformer.config
     assert known.experts == len(transformers_of(pipe))
     assert known.spatial_multiple == pipe.vae_scale_factor_spatial * config.patch_size[1]

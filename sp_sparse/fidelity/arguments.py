@@ -92,6 +92,8 @@ class FidelityArguments:
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")
     offload: str = _shared("offload")
+    fsdp: bool = _shared("fsdp")
+    quantization: str = _shared("quantization")
     dtype: str = _shared("dtype")
     device: str = _shared("device")
     timeout_s: float = _shared("timeout_s")

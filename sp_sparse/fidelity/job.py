@@ -134,5 +134,7 @@ def _shared_by_all(base: GenerateArguments, model: WanModel, ranks: Ranks) -> di
     dtype = str(model.dtype).removeprefix("torch.") if base.dtype == "auto" else base.dtype
     names = (*_SHARED, *(name for name in _SHARED_IF_GIVEN if values[name]))
     shared = {name: values[name] for name in names} | {"dtype": dtype, "device": ranks.device.type}
+    if base.quantization != "none":
+        shared["quantization"] = base.quantization
     read_back: dict[str, Any] = json.loads(json.dumps(shared))
     return read_back

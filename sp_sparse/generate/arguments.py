@@ -184,6 +184,14 @@ class GenerateArguments:
         1, "2 runs the two guidance branches on two halves of the ranks", int, at_least=1, at_most=2
     )
     compile: bool = option(False, "torch.compile the transformer blocks", bool)
+    fsdp: bool = option(
+        False, "deal the weights out over all ranks, each block gathered while the one before it runs", bool
+    )
+    quantization: str = option(
+        "none",
+        "fp8 computes the linear layers of the transformer blocks in float8; for GPUs from compute capability 8.9",
+        choices=("none", "fp8"),
+    )
     dtype: str = option(
         "auto",
         "of the transformers; auto is float32 for tiny models and on CPUs, else bfloat16",
@@ -283,6 +291,9 @@ class GenerateArguments:
         return MemoryOptions(
             offload=self.offload,
             vae_tiling=self.vae_tiling,
+            fsdp=self.fsdp,
+            quantization=self.quantization,
+            ranks=self.ranks_wanted,
             foreign_parallelism=self.sparse.backend == "none" and self.ranks_wanted > 1,
         )
 

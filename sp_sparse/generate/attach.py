@@ -10,6 +10,7 @@ from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.models import transformers_of
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
+from sp_sparse.integrations.diffusers.sharded import blocks_of
 from sp_sparse.kernels.registry import load_kernel
 from sp_sparse.selection.registry import load_selector
 
@@ -72,7 +73,9 @@ def prepare_transformers(pipe: Any, arguments: GenerateArguments, mesh: Sequence
         if arguments.sparse.backend == "none" and mesh.sequence_degree > 1:
             _enable_diffusers_parallelism(transformer, mesh)
         if arguments.compile and arguments.offload != "layers":  # there it is done, within the hooks
-            transformer.compile_repeated_blocks()
+            # As compile_repeated_blocks() does, which does not know the classes that FSDP2 gives to blocks.
+            for block in blocks_of(transformer):
+                block.compile()
 
 
 def _enable_diffusers_parallelism(transformer: Any, mesh: SequenceParallelMesh) -> None:

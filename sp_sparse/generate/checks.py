@@ -7,6 +7,7 @@ from sp_sparse.generate.asked import check_second_expert, check_start, check_vid
 from sp_sparse.generate.attach import check_ranks
 from sp_sparse.generate.lora import check_lora
 from sp_sparse.generate.models import WanModel, find_model
+from sp_sparse.generate.placement import check_placement
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.tiles import check_tiling
 
@@ -21,6 +22,7 @@ def checked_model(arguments: GenerateArguments, ranks: Ranks) -> WanModel:
     model = find_model(arguments, ranks.device)
     check_second_expert(arguments, model)
     check_lora(arguments)
+    check_placement(arguments, ranks.device, model.dtype)
     if arguments.vae_tiling:
         check_tiling()
     return model

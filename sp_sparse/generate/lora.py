@@ -47,7 +47,8 @@ def check_line_lora(videos: Sequence[GenerateArguments]) -> None:
     """Refuse LoRA weights that cannot change from one video to the next.
 
     Raises:
-        ValueError: weights that are added to the model's own; or blocks that would be compiled anew for every change.
+        ValueError: weights that are added to the model's own; blocks that would be compiled anew for every
+            change; or weights that take it in before they are rounded.
     """
     if not differ_in_lora(videos):
         return
@@ -55,6 +56,11 @@ def check_line_lora(videos: Sequence[GenerateArguments]) -> None:
         raise ValueError(
             "lora differs between the lines, and --compile would compile the blocks anew at every change; leave --compile "
             "out, or put the lines into one file for each choice of LoRA weights"
+        )
+    if videos[0].quantization != "none":
+        raise ValueError(
+            f"lora differs between the lines, and --quantization {videos[0].quantization} adds it to the weights before it "
+            "rounds them; leave --quantization out, or put the lines into one file for each choice of LoRA weights"
         )
     for own in videos:
         for name, _, _ in _EXPERTS:

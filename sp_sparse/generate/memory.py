@@ -25,6 +25,9 @@ class MemoryOptions:
     Attributes:
         offload: `none`, `idle` or `layers`.
         vae_tiling: whether the VAE works in tiles.
+        fsdp: whether weights are dealt out over the ranks.
+        quantization: `none` or `fp8`.
+        ranks: how many share the job.
         foreign_parallelism: whether tokens are shared by diffusers' own parallelism, instead of ours.
 
     Raises:
@@ -33,6 +36,9 @@ class MemoryOptions:
 
     offload: str = "none"
     vae_tiling: bool = False
+    fsdp: bool = False
+    quantization: str = "none"
+    ranks: int = 1
     foreign_parallelism: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +48,16 @@ class MemoryOptions:
                 "both hook into every layer; use --offload idle, or for dense attention --sparse-attn-backend auto "
                 "--sparse-attn-topk 1.0"
             )
+        if self.fsdp and self.offload != "none":
+            raise ValueError(
+                f"--fsdp keeps a part of all weights on each GPU, and --offload {self.offload} moves whole ones to it; "
+                "leave out one of them"
+            )
+
+    @property
+    def can_deal_out(self) -> bool:
+        """Whether there are ranks to deal weights out to, by our own parallelism."""
+        return self.ranks > 1 and not self.foreign_parallelism
 
 
 @dataclass(frozen=True)
@@ -79,6 +95,13 @@ _EVERYWHERE = (LOAD, ENCODE, DENOISE, DECODE)
 _REMEDIES = (
     _Remedy("--vae-tiling", (DECODE,), {"vae_tiling": (False,)}, {"vae_tiling": True}),
     _Remedy("--offload idle", _EVERYWHERE, {"offload": ("none",)}, {"offload": "idle"}),
+    _Remedy(
+        "--quantization fp8 (compute capability 8.9 and newer)",
+        (LOAD, DENOISE),
+        {"quantization": ("none",)},
+        {"quantization": "fp8"},
+    ),
+    _Remedy("--fsdp", (LOAD, ENCODE, DENOISE), {"fsdp": (False,), "can_deal_out": (True,)}, {"fsdp": True}),
     _Remedy("--offload layers", (LOAD, ENCODE, DENOISE), {"offload": ("none", "idle")}, {"offload": "layers"}),
     _Remedy("a higher --ulysses-degree or --ring-degree, on more GPUs", (DENOISE,)),
     _Remedy("a smaller or shorter video", (DENOISE, DECODE)),

@@ -15,9 +15,11 @@ from sp_sparse.generate import defaults
 from sp_sparse.generate.arguments import RANDOM_A14B, RANDOM_LAYERS, STAND_INS, TINY_MODELS, GenerateArguments
 from sp_sparse.generate.defaults import VideoDefaults, defaults_of
 from sp_sparse.generate.lora import load_lora
+from sp_sparse.generate.mapped import mapped_pipeline
 from sp_sparse.generate.memory import LOAD, says_what_helps
 from sp_sparse.generate.mini import MINI, mini_folder
 from sp_sparse.generate.offload import offload
+from sp_sparse.generate.placement import Placement, placement_of, wanted_dtype
 from sp_sparse.generate.random_models import (
     TINY_POSITIONS,
     random_stand_in,
@@ -49,7 +51,8 @@ class WanModel:
         may_take_image: whether it could, from the same weights.
         draws_image: whether an image may be drawn where none is given.
         dtype: of the transformers, where the arguments leave it open.
-        load: (device, dtype) -> the diffusers pipeline, its weights on `device`.
+        load: (device, dtype, placement) -> the diffusers pipeline, its weights on `device`. Where a placement is given its
+            transformers are on the CPU, or placed already.
         experts: 2 where a second transformer takes over at low noise.
         spatial_multiple: heights and widths are multiples of it.
         temporal_multiple: numbers of frames are a multiple of it, plus one.
@@ -59,6 +62,7 @@ class WanModel:
         needs_last_image: whether it must.
         takes_video: whether it is loaded to make a video into another.
         takes_control: whether a video, a mask and reference images may control it: VACE.
+        places_blocks: whether `load` brings the blocks to their place as it makes them.
     """
 
     defaults: VideoDefaults
@@ -66,7 +70,7 @@ class WanModel:
     may_take_image: bool
     draws_image: bool
     dtype: torch.dtype
-    load: Callable[[torch.device, torch.dtype], Any]
+    load: Callable[[torch.device, torch.dtype, Placement | None], Any]
     experts: int = 2
     spatial_multiple: int = 16
     temporal_multiple: int = 4
@@ -76,6 +80,7 @@ class WanModel:
     needs_last_image: bool = False
     takes_video: bool = False
     takes_control: bool = False
+    places_blocks: bool = False
 
 
 def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
@@ -100,14 +105,19 @@ def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.d
     Raises:
         NotEnoughMemoryError: it has no room there.
     """
-    dtype = model.dtype if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
+    dtype = wanted_dtype(arguments, model.dtype)
+    waits = arguments.offload != "none"
+    home = torch.device("cpu") if waits else device
     with says_what_helps(arguments.memory, LOAD):
-        if arguments.offload == "none":
-            pipe = model.load(device, dtype).to(device)
+        placement = placement_of(arguments, device, dtype)
+        pipe = model.load(home, dtype, placement)
+        if placement is None:
+            pipe.to(home)
+            load_lora(pipe, arguments)
         else:
-            pipe = model.load(torch.device("cpu"), dtype)
-        load_lora(pipe, arguments)
-        if arguments.offload != "none":
+            load_lora(pipe, arguments)
+            _place(pipe, model, placement, home)
+        if waits:
             offload(pipe, arguments, device)
     if arguments.vae_tiling:
         enable_tiling(pipe.vae)
@@ -119,6 +129,26 @@ def load_pipeline(arguments: GenerateArguments, model: WanModel, device: torch.d
         pipe.scheduler = named_scheduler(arguments.scheduler, shift_of(pipe.scheduler) or 1.0)
     pipe.scheduler = fresh_scheduler(pipe.scheduler, arguments.flow_shift)
     return pipe
+
+
+def _place(pipe: Any, model: WanModel, placement: Placement, home: torch.device) -> None:
+    """Bring each part to its place, the transformers one after another; then `home`, where that is another device."""
+    transformers = transformers_of(pipe)
+    for part in pipe.components.values():
+        if isinstance(part, torch.nn.Module) and part not in transformers and part is not pipe.text_encoder:
+            part.to(home)
+    if pipe.text_encoder is not None:
+        if home == placement.device:
+            placement.place_text_encoder(pipe.text_encoder)
+        else:
+            pipe.text_encoder.to(home)
+    for transformer in transformers:
+        if model.places_blocks:
+            placement.finish(transformer)
+        else:
+            placement.place(transformer)
+        if home != placement.device:
+            transformer.to(home)
 
 
 def fresh_scheduler(scheduler: Any, flow_shift: float | None) -> Any:
@@ -172,7 +202,7 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         may_take_image=from_image or is_ti2v,
         draws_image=True,
         dtype=torch.float32,
-        load=lambda device, dtype: build[name](dtype),
+        load=lambda device, dtype, placement: build[name](dtype),
         experts=experts,
         spatial_multiple=32 if is_ti2v else 16,
         positions=TINY_POSITIONS,
@@ -186,7 +216,7 @@ def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
     layers, dtype = arguments.layers or RANDOM_LAYERS, _large_dtype(device)
     if arguments.model == RANDOM_A14B:
         load = partial(random_stand_in, T2V_A14B, layers, arguments.full, False)
-        return WanModel(defaults.T2V_A14B, False, False, False, dtype, load)
+        return WanModel(defaults.T2V_A14B, False, False, False, dtype, load, places_blocks=True)
     from_image = arguments.image is not None
     return WanModel(
         defaults=defaults.TI2V_5B,
@@ -197,6 +227,7 @@ def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
         load=partial(random_stand_in, TI2V_5B, layers, arguments.full, from_image),
         experts=TI2V_5B.experts,
         spatial_multiple=32,
+        places_blocks=True,
     )
 
 
@@ -219,13 +250,15 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
     # As the model's authors run them.
     exact = [part for part in ("vae", "image_encoder") if (index.get(part) or [None])[0] is not None]
 
-    def load(device: torch.device, dtype: torch.dtype) -> Any:
+    def load(device: torch.device, dtype: torch.dtype, placement: Placement | None) -> Any:
         import diffusers
 
         class_name = _CONTROL if is_vace else _VIDEO if from_video else _IMAGE if from_image else _TEXT
         pipeline = getattr(diffusers, class_name)
         # Straight to the device, since the CPU memory of a machine does not hold the weights once a rank.
         dtypes = {"default": dtype, **dict.fromkeys(exact, torch.float32)}
+        if placement is not None:
+            return mapped_pipeline(pipeline, arguments.model, dtypes, device)
         return pipeline.from_pretrained(arguments.model, dtype=dtypes, device_map=device.type)
 
     vae, transformer = (_part_config(arguments.model, part) for part in ("vae", "transformer"))

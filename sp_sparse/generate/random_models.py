@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from sp_sparse.generate.placement import Placement
 from sp_sparse.generate.real_sizes import T2V_A14B, RealSize
 
 # Random weights give near-uniform attention, under which a wrong block hardly shows.
@@ -114,9 +115,17 @@ def tiny_vace(dtype: torch.dtype) -> Any:
 
 
 def random_stand_in(
-    size: RealSize, layers: int, full: bool, from_image: bool, device: torch.device, dtype: torch.dtype
+    size: RealSize,
+    layers: int,
+    full: bool,
+    from_image: bool,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement | None = None,
 ) -> Any:
     """A model as wide as the published one, made on `device`, so that a job needs the memory and the time of a real one.
+
+    Each block of the transformers is drawn alone, and brought to its place by `placement` if one is given.
 
     Args:
         layers: of each expert.
@@ -128,11 +137,11 @@ def random_stand_in(
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     parts: dict[str, Any] = {"scheduler": _scheduler(size.flow_shift), "tokenizer": None, "text_encoder": None}
-    with torch.device(device):
-        parts["transformer"] = _transformer(1, dtype, num_layers=layers, **size.transformer)
-        if size.experts > 1:
-            parts["transformer_2"] = _transformer(2, dtype, num_layers=layers, **size.transformer)
-        if full:
+    place = device if placement is None else placement.device
+    for seed, name in enumerate(("transformer", "transformer_2")[: size.experts], start=1):
+        parts[name] = _by_blocks(layers, seed, place, dtype, placement, size.transformer)
+    if full:
+        with torch.device(device):
             parts |= {"tokenizer": _tokenizer(), "text_encoder": _text_encoder(dtype, size.text_encoder)}
             parts["vae"] = _vae(**size.vae)
     if not full:
@@ -141,17 +150,39 @@ def random_stand_in(
     return pipeline(**parts, boundary_ratio=size.boundary_ratio, expand_timesteps=size.per_token)
 
 
-def random_a14b(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
+def random_a14b(
+    layers: int, device: torch.device, dtype: torch.dtype, placement: Placement | None = None, **changed: Any
+) -> Any:
     """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
     measuring."""
     size = replace(T2V_A14B, transformer={**T2V_A14B.transformer, **changed})
-    return random_stand_in(size, layers, False, False, device, dtype)
+    return random_stand_in(size, layers, False, False, device, dtype, placement)
 
 
 def random_a14b_transformer(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
     """One A14B expert in full width but for what is `changed` of its configuration, made on `device`: for measuring."""
     with torch.device(device):
         return _transformer(1, dtype, num_layers=layers, **{**T2V_A14B.transformer, **changed})
+
+
+def _by_blocks(
+    layers: int,
+    seed: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    placement: Placement | None,
+    config: dict[str, Any],
+) -> Any:
+    with torch.device(device):
+        model = _transformer(seed, dtype, num_layers=0, **config)
+    for layer in range(layers):
+        with torch.device(device):
+            block = _transformer(1000 * seed + layer, dtype, num_layers=1, **config).blocks[0]
+        if placement is not None:
+            placement.place_block(block, model)
+        model.blocks.append(block)
+    model.register_to_config(num_layers=layers)
+    return model
 
 
 def _experts(dtype: torch.dtype, **config: Any) -> dict[str, Any]:

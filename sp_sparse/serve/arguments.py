@@ -44,6 +44,8 @@ class ServeArguments:
     dtype: str = _shared("dtype")
     device: str = _shared("device")
     compile: bool = _shared("compile")
+    fsdp: bool = _shared("fsdp")
+    quantization: str = _shared("quantization")
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")

@@ -160,6 +160,18 @@ def test_guidance_on_two_halves(tmp_path: Path) -> None:
     assert decoded_pixels(ours) == same
 
 
+def test_weights_that_are_dealt_out_over_both_halves(tmp_path: Path) -> None:
+    with RankServer(tmp_path, 2, "--cfg-parallel-degree", "2", "--fsdp", *LIMITS) as server:
+        videos = [server.content(server.completed(prompt="a fox", seed=2)["id"]) for _ in range(2)]
+        job = server.create(**LONG)["id"]
+        wait_for(lambda: server.get(job)["step"] > 0)
+        server.signal(1, signal.SIGKILL)
+        assert server.join() == [1, -signal.SIGKILL]
+        assert "error: a rank stopped or did not answer" in server.log
+    same = _generated(tmp_path, 2, "--cfg-parallel-degree", "2", "--seed", "2", *SPARSE)
+    assert [decoded_pixels(video) for video in videos] == [same, same]
+
+
 @pytest.mark.parametrize("model", ["tiny-i2v", "tiny-ti2v"])
 def test_from_an_image(tmp_path: Path, model: str) -> None:
     image = Image.effect_noise((70, 50), 90).convert("RGB")

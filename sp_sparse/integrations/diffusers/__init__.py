@@ -297,7 +297,7 @@ def _attach(
     place_branches()
     shadows.place(
         "cache_context",
-        lambda own: position.listening(halves.watching(own, place_branches)),
+        lambda own: position.listening(halves.watching(own, place_branches, end.skip)),
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from sp_sparse.integrations.diffusers.agree import plain
+from sp_sparse.integrations.diffusers.sharded import is_sharded
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 # Those that decide from counted steps or the whole latents, of which every rank has the same.
@@ -57,6 +58,11 @@ class CacheAgreement:
         kind = type(config).__name__
         known = (_FIRST_BLOCK, *_ALIKE)
         remedy = f"use one of {', '.join(known)}, or call disable_cache()"
+        if is_sharded(self._model):
+            raise ValueError(
+                f"the cache {kind} skips blocks, and weights that FSDP2 has dealt out are gathered for every block on all "
+                "ranks; call disable_cache(), or keep the weights whole"
+            )
         if kind in _NOT_FOR_WAN:
             raise ValueError(f"the cache {kind} {_NOT_FOR_WAN[kind]}; {remedy}")
         if kind not in known:

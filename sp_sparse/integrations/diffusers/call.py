@@ -120,7 +120,9 @@ class WanCall:
 
     def zeros(self, shape: tuple[int, ...], place: str, module: nn.Module) -> Tensor:
         """`[B, S_rank, *shape]` in the dtype that was last seen at that place, or else of the weights of `module`."""
-        dtype = self._dtypes.get(place) or next(p.dtype for p in module.parameters() if p.is_floating_point())
+        # Of weights in float8 the bias has the dtype.
+        own = (p.dtype for p in module.parameters() if p.is_floating_point() and p.itemsize > 1)
+        dtype = self._dtypes.get(place) or next(own)
         tokens = self.plan.shards.lengths[self._mesh.sequence_rank]
         return torch.zeros((self._batch, tokens, *shape), dtype=dtype, device=self.plan.local.device)
 

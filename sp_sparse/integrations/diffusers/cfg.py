@@ -27,9 +27,18 @@ from sp_sparse.parallel.mesh import SequenceParallelMesh
 
 @dataclass(eq=False)
 class _Step:
-    """A step that has begun and not ended; `conditional` is there once the call for that branch has returned."""
+    """A step that has begun and not ended.
+
+    Attributes:
+        guided: whether it has two branches.
+        skip: makes the collectives that the other half waits for in a forward, where this rank fails to begin its own.
+        begun: whether this rank has begun the forward of its branch, which ends for itself.
+        conditional: there once the call for that branch has returned.
+    """
 
     guided: bool
+    skip: Callable[[], None]
+    begun: bool = False
     conditional: Tensor | None = None
 
 
@@ -63,13 +72,18 @@ class GuidanceHalves:
         self._step: _Step | None = None
         self._computing = False
 
-    def watching(self, cache_context: Callable[..., Any], prepare: Callable[[], None]) -> Callable[..., Any]:
-        """`cache_context` that begins steps, and ends them where they fail; `prepare` is called before each call."""
+    def watching(
+        self, cache_context: Callable[..., Any], prepare: Callable[[], None], skip: Callable[[], None]
+    ) -> Callable[..., Any]:
+        """`cache_context` that begins steps, and ends them where they fail.
+
+        `prepare` is called before each call, and `skip` where a rank fails before its own.
+        """
 
         @contextmanager
         def watching_context(name: str, **kwargs: Any) -> Iterator[None]:
             if name == "cond":
-                self._begin(kwargs.get("step_index"))
+                self._begin(kwargs.get("step_index"), skip)
             try:
                 prepare()
                 with cache_context(name, **kwargs):
@@ -104,7 +118,7 @@ class GuidanceHalves:
             # NaN until the exchange: a loop that reads it too early cannot go unnoticed.
             out = like.new_full((like.shape[0], channels, *like.shape[2:]), float("nan"))
         else:
-            self._computing = True
+            self._computing = step.begun = True
             try:
                 # The other half has only its input to know the dtype by.
                 out = compute().to(like.dtype).contiguous()
@@ -122,7 +136,7 @@ class GuidanceHalves:
             self._send(out, 1)
         return out
 
-    def _begin(self, step: int | None) -> None:
+    def _begin(self, step: int | None, skip: Callable[[], None]) -> None:
         self._standing.check()
         if self._step is not None:
             # This rank left that step where nothing watches, between two contexts: the others may still wait in it.
@@ -139,13 +153,15 @@ class GuidanceHalves:
                 "cfg_degree=2 runs the two branches of guidance, but guidance is off at the first step; turn it on "
                 "(guidance_scale above 1), or use cfg_degree=1"
             )
-        self._step = _Step(guided)
+        self._step = _Step(guided, skip)
 
     def _end(self, error: Exception | None) -> Exception | None:
         """The step has ended on this rank, well or by `error`; what to raise if it failed on any. A collective call."""
-        self._step = None
+        step, self._step = self._step, None
         if error is not None and (is_lost_rank(error) or not self._standing.can_meet):
             return error
+        if error is not None and step is not None and not step.begun:
+            step.skip()
         return self._standing.meet(error, self._mesh.groups, "the ranks did not all end a step with guidance")
 
     def _send(self, x: Tensor, half: int) -> None:

@@ -4,6 +4,9 @@ A rank that fails within a forward leaves the others in a collective that it nev
 left of the forward's collectives, with zeros, and then meets the others, which throw their results away: nobody waits in
 vain, and the next video finds all ranks in step.
 
+Weights that are dealt out (FSDP2) are collectives too, of all ranks: of both halves of guidance, whose attention has none in
+common. There a rank also goes through those of a forward that it fails to begin.
+
 What cannot be gone through is a collective left half-done: a failure within a layer's attention, or where a step cache
 decides which layers run. Where the groups meet on the host, beside a GPU's collectives, all are told of that too; else those
 that wait hear it at their timeout. Either way the groups are of no use any more, and later forwards are refused.
@@ -19,6 +22,7 @@ import torch
 
 from sp_sparse.attention import SparseAttention
 from sp_sparse.integrations.diffusers.call import WanCall
+from sp_sparse.integrations.diffusers.sharded import blocks_of, free_weights, gather_weights, is_sharded, settle
 from sp_sparse.parallel.agreement import RefusedError, every_value, is_lost_rank, meet_on_host
 from sp_sparse.parallel.failures import Standing
 from sp_sparse.parallel.mesh import SequenceParallelMesh
@@ -54,9 +58,23 @@ class ForwardEnd:
             return error
         if self._meets:
             error = self._meet(error)
+        elif error is not None and self._dealt_out and not self._go_through(error):
+            self._standing.leave(error, can_meet=call.plan.local.device.type != "cpu")
         if error is None:
             self._confirm()
         return error
+
+    def skip(self) -> None:
+        """Nothing of a forward has run on this rank that others may be in: make its collectives of weights."""
+        blocks = blocks_of(self._model)
+        for block in blocks:
+            gather_weights(block)
+            free_weights(block)
+        settle(self._model, blocks)
+
+    @property
+    def _dealt_out(self) -> bool:
+        return is_sharded(self._model)
 
     def _meet(self, error: Exception | None) -> Exception | None:
         halfway: str | None = None
@@ -77,17 +95,24 @@ class ForwardEnd:
     def _go_through(self, error: Exception) -> bool:
         """Make the collectives that the others still make in this forward, with zeros; whether that went well."""
         call, model = self._call, self._model
-        if call.is_within or getattr(model, "_cache_config", None) is not None:
+        if (call.is_within and self._meets) or getattr(model, "_cache_config", None) is not None:
             return False
         if isinstance(error, torch.OutOfMemoryError):
             traceback.clear_frames(error.__traceback__)  # they hold what the forward has computed
         try:
             with torch.no_grad():
-                for layer, attn in self._layers[call.layers_done :]:
-                    zeros = call.zeros((layer.num_heads, layer.head_dim), "layer", attn.to_v)
-                    call.attend(layer, zeros, zeros, zeros)
-                if not call.has_left:
+                blocks = blocks_of(model)
+                for number in range(call.layers_done, len(self._layers)):
+                    layer, attn = self._layers[number]
+                    for gathered in blocks[number : number + 2]:  # the next one is gathered ahead
+                        gather_weights(gathered)
+                    if self._meets:
+                        zeros = call.zeros((layer.num_heads, layer.head_dim), "layer", attn.to_v)
+                        call.attend(layer, zeros, zeros, zeros)
+                    free_weights(blocks[number])
+                if self._meets and not call.has_left:
                     call.leave(call.zeros((model.proj_out.out_features,), "leave", model.proj_out))
+                settle(model, blocks)  # the block that failed is whole yet
         except Exception:
             return False
         return True
