@@ -44,6 +44,8 @@ CAMERAS = ("still", "left", "right", "up", "down", "in", "out")
 
 HELD_OUT_ONE_IN = 8
 _SHARE_OF_TWO = 0.2
+# Of training clips: two figures are learnt last.
+_SHARE_OF_TWO_TRAINED = 0.4
 _EDGE = 0.03  # room between a figure and the frame's edge
 _PLACEMENTS = 16  # tried for two figures; the one that keeps them furthest apart is taken
 
@@ -90,7 +92,7 @@ def is_held_out(color: str, shape: str, direction: str) -> bool:
 
 def sample_scene(rng: random.Random, held_out: bool) -> Scene:
     """A scene whose figures are all held out, or all not."""
-    count = 2 if rng.random() < _SHARE_OF_TWO else 1
+    count = 2 if rng.random() < (_SHARE_OF_TWO if held_out else _SHARE_OF_TWO_TRAINED) else 1
     kinds: list[tuple[str, str, str]] = []
     while len(kinds) < count:
         kind = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(DIRECTIONS))

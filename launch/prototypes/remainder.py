@@ -1,8 +1,8 @@
 """What the parts of the remainder cost on a GPU, and its kernel under other launch settings.
 
-`python -m launch.prototypes.remainder` times the means of keys and values, the table of biases, and the pass that attends the
-means, at the size of one layer of A14B; that pass with every tile, number of warps, stages and registers that is tried. What wins goes
-into `remainder/triton_attend.py`.
+`python -m launch.prototypes.remainder` times, at the size of one layer of A14B, the means of keys and values, the table of
+biases, and the pass that attends the means; the last one with every tile, number of warps, stages and registers that is
+tried. What wins goes into `remainder/triton_attend.py`.
 """
 
 from __future__ import annotations
