@@ -327,8 +327,8 @@ MUTATIONS = (
     Mutation(
         "a rank that fails is not heard",
         "generate/video.py",
-        "self.ranks.together(lambda: decoding.work(bar.update))",
-        "decoding.work(bar.update)",
+        "self.ranks.together(lambda: self._decode(decoding, bar.update))",
+        "self._decode(decoding, bar.update)",
         "decode",
     ),
     # Settings of generate and the server
@@ -1444,8 +1444,8 @@ MUTATIONS = (
     Mutation(
         "fidelity loads LoRA weights at weight 1 whatever their scale",
         "generate/lora.py",
-        "scales = getattr(arguments, scale_name) or (1.0,)",
-        "scales = (1.0,)",
+        "getattr(arguments, name), getattr(arguments, scale_name) or (1.0,)",
+        "getattr(arguments, name), (1.0,)",
         "fidelity",
     ),
     Mutation(
