@@ -104,5 +104,6 @@ def test_api_key(page: Any, tmp_path: Path) -> None:
         page.get_by_label("API key").fill("secret")
         page.get_by_label("API key").press("Tab")
         page.get_by_text("fake/model").wait_for()
+        assert page.get_by_label("Prompt").input_value() == "a fox", "what the model suggests"
         page.get_by_role("button", name="Make the video").click()
         page.wait_for_selector("article[data-status=completed]")
