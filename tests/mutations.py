@@ -45,6 +45,21 @@ class Mutation:
 
 
 MUTATIONS = (
+    # The default model
+    Mutation(
+        "mini starts with a prompt whose words it does not know",
+        "generate/defaults.py",
+        "12, 3.0, MINI_PROMPT)",
+        "12, 3.0)",
+        "generate",
+    ),
+    Mutation(
+        "the default model has the blocks of another",
+        "generate/arguments.py",
+        'given.get("model", MINI)',
+        'given.get("model", "tiny")',
+        "generate",
+    ),
     # What waits in the CPU's memory, and what is told where memory runs out
     Mutation(
         "the part before stays when the next one comes",

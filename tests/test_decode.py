@@ -36,6 +36,7 @@ from tests.ranks import run_ranks
 from tests.serving.server import RankServer
 
 CPU = torch.device("cpu")
+TINY = ["--model", "tiny"]
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3"]
 # Just above a tile of 256 x 256 pixels: four tiles, three of them ragged.
 TILED = ["--vae-tiling", "--height", "272", "--width", "288", "--num-frames", "5", "--num-inference-steps", "2"]
@@ -252,7 +253,7 @@ def _rank_fails_in_generate(rank: int, flags: list[str]) -> None:
 
 
 def test_generate_ends_on_every_rank_where_one_fails(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    flags = ["--ulysses-degree", "2", *SPARSE, *TILED, "--output", str(tmp_path / "video.mp4")]
+    flags = [*TINY, "--ulysses-degree", "2", *SPARSE, *TILED, "--output", str(tmp_path / "video.mp4")]
     run_ranks(2, _rank_fails_in_generate, flags)
     assert "rank 1: memory ran out in decode; less is taken" in capfd.readouterr().err
     assert not list(tmp_path.iterdir())
@@ -260,7 +261,7 @@ def test_generate_ends_on_every_rank_where_one_fails(tmp_path: Path, capfd: pyte
 
 def test_generate_tells_that_a_video_is_one_tile(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--vae-tiling", "--num-inference-steps", "1", "--num-frames", "1", "--output", str(tmp_path / "v.mp4")]
-    assert main([*SPARSE, *flags]) == 0
+    assert main([*TINY, *SPARSE, *flags]) == 0
     assert "decode: whole, on rank 0: it is no larger than one tile of 256x256" in capsys.readouterr().err
     assert json.loads((tmp_path / "v.json").read_text())["videos"][0]["decode"] == {"tiles_by_rank": [0]}
 
@@ -282,7 +283,7 @@ def test_another_diffusers_is_refused_before_weights_are_read(
     with pytest.raises(ValueError, match=told):
         check_tiling()
     with mock.patch("sp_sparse.generate.job.load_pipeline", side_effect=AssertionError("too late")):
-        assert main(["--vae-tiling"]) == 2
+        assert main([*TINY, "--vae-tiling"]) == 2
     assert told in capsys.readouterr().err
 
 

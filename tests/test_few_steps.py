@@ -104,7 +104,7 @@ def test_without_guidance_one_branch_runs(tmp_path: Path, monkeypatch: pytest.Mo
         return forward(*given, **named)
 
     monkeypatch.setattr(diffusers.WanTransformer3DModel, "forward", counted)
-    _latents(tmp_path, "one", *SMALL)
+    _latents(tmp_path, "one", "--model", "tiny", *SMALL)
     assert len(forwards) == 4
 
 

@@ -29,7 +29,7 @@ from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
 # 4 x 4 x 4 tokens, 8 blocks of 8.
-SMALL = ["--height=64", "--width=64", "--num-frames=13", "--num-inference-steps=2", "--block-sizes=8"]
+SMALL = ["--model=tiny", "--height=64", "--width=64", "--num-frames=13", "--num-inference-steps=2", "--block-sizes=8"]
 BACKEND = ["--sparse-attn-backend", "reference"]
 PROMPTS = ("a red ball rolls to the left", "a <b>dog</b> & a cat")
 

@@ -136,9 +136,9 @@ def test_weights_that_are_broken(weights: Path) -> None:
 
 def _flags(folder: Path, *more: str, side: int = 64) -> list[str]:
     (folder / "prompts.txt").write_text("a red ball\na dog\n")
-    size = [f"--height={side}", f"--width={side}", "--num-frames=5", "--num-inference-steps=2", "--block-sizes=8"]
+    size = ["--model=tiny", f"--height={side}", f"--width={side}", "--num-frames=5", "--num-inference-steps=2"]
     paths = ["--prompts", str(folder / "prompts.txt"), "--output", str(folder / "out")]
-    return [*paths, *size, "--sparse-attn-backend", "reference", *DENSITIES, *more]
+    return [*paths, *size, "--block-sizes=8", "--sparse-attn-backend", "reference", *DENSITIES, *more]
 
 
 def test_a_measurement_has_it_in_lines_and_tables(

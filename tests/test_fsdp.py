@@ -284,7 +284,7 @@ def test_an_older_torch_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_rank_is_refused_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--fsdp", *SPARSE]) == 2
+    assert main(["--model", "tiny", "--fsdp", *SPARSE]) == 2
     assert "start several, such as `torchrun --nproc-per-node 2`" in capsys.readouterr().err
 
 

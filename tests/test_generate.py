@@ -17,33 +17,41 @@ import pytest
 import torch
 
 from launch.compare import main as compare
+from launch.mini.captions import kinds_told, vocabulary
+from launch.mini.scenes import Kind
+from sp_sparse.fidelity.arguments import FidelityArguments
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.asked import fill_defaults
+from sp_sparse.generate.mini import mini_folder
+from sp_sparse.generate.models import find_model
 from sp_sparse.generate.prompts import wanted_videos
 from sp_sparse.generate.random_models import tiny_image_to_video, tiny_text_to_video
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
+from sp_sparse.serve.arguments import parse_serve_arguments
 from tests.processes import process_of_rank, wait_for
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[1]
+TINY = ["--model", "tiny"]
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3"]
 
 
 def _generate(folder: Path, *flags: str, name: str = "video", status: int = 0) -> dict[str, Any]:
     """Run in this process; returns the report."""
-    assert main([*flags, "--output", str(folder / f"{name}.mp4")]) == status
+    assert main([*TINY, *flags, "--output", str(folder / f"{name}.mp4")]) == status
     report: dict[str, Any] = json.loads((folder / f"{name}.json").read_text())
     return report
 
 
 def _rank_generates(rank: int, flags: list[str], status: int) -> None:
-    assert main(flags) == status
+    assert main([*TINY, *flags]) == status
 
 
 def _error(capsys: pytest.CaptureFixture[str], *flags: str) -> str:
     """The one line that a refused job prints."""
-    assert main(list(flags)) == 2
+    assert main([*TINY, *flags]) == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert len(lines) == 1
     return lines[0]
@@ -81,6 +89,29 @@ def test_ti2v_from_an_image_has_a_timestep_for_every_token(tmp_path: Path) -> No
 def test_backend_none_leaves_the_model_alone(tmp_path: Path) -> None:
     report = _generate(tmp_path)
     assert report["attention"] is None
+    assert report["videos"][0]["prompt"] == report["arguments"]["prompt"] == "a cat walks on the grass"
+
+
+def test_without_a_model_it_is_mini_with_a_caption_of_its_words() -> None:
+    arguments = parse_arguments([])
+    assert arguments.model == parse_serve_arguments([]).model == "mini"
+    assert FidelityArguments(prompts="prompts.txt", output="out").base().model == "mini"
+    caption = fill_defaults(arguments, find_model(arguments, torch.device("cpu"))).prompt
+    assert caption is not None
+    assert kinds_told(caption) == [Kind("red", "circle", "right")]
+    assert set(caption.rstrip(".").split()) <= set(vocabulary())
+
+
+@pytest.mark.parametrize("flags", [[], ["--sparse-attn-preset", "fast"]])
+def test_mini_without_its_weights_is_refused_in_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sp_sparse.generate.models.mini_folder", lambda: mini_folder(tmp_path))
+    assert main(flags) == 2
+    (error,) = capsys.readouterr().err.splitlines()
+    assert "--model mini (the default) has no weights in" in error
+    assert error.endswith("or give another --model: a Wan checkpoint, or tiny (random weights)")
 
 
 @pytest.mark.parametrize(
@@ -108,7 +139,7 @@ def test_two_ranks(tmp_path: Path, degrees: list[str], against: str, tolerance: 
 def test_four_ranks_equal_one_and_the_comparison_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     def flags(name: str) -> list[str]:
         tensors = [f"--output-{kind}={tmp_path / name}-{kind}.pt" for kind in ("latents", "frames")]
-        return [*SPARSE, "--output", str(tmp_path / f"{name}.mp4"), *tensors]
+        return [*TINY, *SPARSE, "--output", str(tmp_path / f"{name}.mp4"), *tensors]
 
     run_ranks(4, _rank_generates, [*flags("four"), "--ulysses-degree", "2", "--ring-degree", "2"], 0)
     assert main(flags("one")) == 0
@@ -159,12 +190,12 @@ def test_configuration_file_and_flags_over_it(tmp_path: Path) -> None:
     (video,) = wanted_videos(parse_arguments(["--config", str(config), "--prompt-file", str(prompts)]))
     assert (video.arguments.prompt, video.arguments.seed) == ("a cat", 3)
     same.write_text(json.dumps({"sparse_attn_preset": "fast", "sparse_attn_dense_layers": 1}))
-    named = parse_arguments(["--config", str(same), "--sparse-attn-topk", "0.15"])
+    named = parse_arguments(["--config", str(same), *TINY, "--sparse-attn-topk", "0.15"])
     assert named.sparse_attn_preset == "fast", "the report tells it"
     assert (named.sparse.backend, named.sparse.topk, named.sparse.remainder) == ("auto", 0.15, "linear")
     assert (named.sparse.dense_layers, named.sparse.block_size) == (1, (16, 16))
-    mini = parse_arguments(["--model", "mini", "--sparse-attn-preset", "fast"])
-    assert mini.sparse.block_size == (64, 64)
+    default = parse_arguments(["--sparse-attn-preset", "fast"])
+    assert (default.model, default.sparse.block_size) == ("mini", (64, 64))
 
 
 def test_local_path(tmp_path: Path) -> None:
@@ -262,7 +293,8 @@ def test_what_the_library_refuses_is_refused_on_all_ranks(tmp_path: Path) -> Non
 def _rank_generates_with_its_own_seed(rank: int, folder: str) -> None:
     told = Path(folder, f"rank_{rank}")
     with told.open("w") as stderr, redirect_stderr(stderr):
-        assert main(["--ulysses-degree", "2", *SPARSE, "--seed", str(rank), "--output", f"{folder}/video.mp4"]) == 2
+        flags = [*TINY, *SPARSE, "--ulysses-degree", "2", "--seed", str(rank)]
+        assert main([*flags, "--output", f"{folder}/video.mp4"]) == 2
 
 
 def test_different_arguments_are_told_on_every_rank(tmp_path: Path) -> None:
@@ -273,7 +305,7 @@ def test_different_arguments_are_told_on_every_rank(tmp_path: Path) -> None:
 
 def _torchrun(ranks: int, *flags: str) -> list[str]:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*torchrun, "-m", "sp_sparse.generate", *flags]
+    return [*torchrun, "-m", "sp_sparse.generate", *TINY, *flags]
 
 
 def _environment() -> dict[str, str]:
@@ -281,7 +313,7 @@ def _environment() -> dict[str, str]:
 
 
 def test_as_a_script(tmp_path: Path) -> None:
-    script = [sys.executable, str(ROOT / "launch" / "generate.py"), "--num-inference-steps", "1"]
+    script = [sys.executable, str(ROOT / "launch" / "generate.py"), *TINY, "--num-inference-steps", "1"]
     done = subprocess.run(script, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "tiny_u1_r1_dense_0.mp4").exists()

@@ -22,7 +22,8 @@ from sp_sparse.generate.lora_names import LayerNames, read_key, wan_name
 from sp_sparse.generate.models import find_model, load_pipeline
 from tests.ranks import run_ranks
 
-SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2", "--guidance-scale", "1"]
+SMALL = ["--model", "tiny", "--height", "64", "--width", "64", "--num-frames", "5"]
+SMALL += ["--num-inference-steps", "2", "--guidance-scale", "1"]
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-block-size", "8", "--sparse-attn-topk", "0.5"]
 RANK, ALPHA = 4, 2.0
 

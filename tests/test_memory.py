@@ -29,7 +29,8 @@ from sp_sparse.serve.arguments import parse_serve_arguments
 from sp_sparse.serve.runner import job_error
 from tests.ranks import run_ranks
 
-SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
+SMALL = ["--model", "tiny", "--height", "64", "--width", "64", "--num-frames", "5"]
+SMALL += ["--num-inference-steps", "2"]
 FP8 = "--quantization fp8 (compute capability 8.9 and newer)"
 DEGREES, LESS = "a higher --ulysses-degree or --ring-degree, on more GPUs", "a smaller or shorter video"
 

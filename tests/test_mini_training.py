@@ -352,7 +352,10 @@ def test_the_model_fits_the_repository_and_the_pipeline() -> None:
 
 
 def test_mini_is_found_where_its_weights_are(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match=r"mini has no weights in .*; run from a checkout .*or give --model tiny"):
+    with pytest.raises(
+        ValueError,
+        match=r"mini \(the default\) has no weights in .*; run from a checkout .*give another --model: .*or tiny ",
+    ):
         mini_folder(tmp_path)
     assert mini_folder(trained / "model") == trained / "model"
     monkeypatch.setattr("sp_sparse.generate.models.mini_folder", lambda: trained / "model")

@@ -16,7 +16,8 @@ from sp_sparse.generate import job as generate_job
 from sp_sparse.generate.__main__ import main
 from tests.ranks import run_ranks
 
-SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.5", "--num-inference-steps", "2"]
+TINY = ["--model", "tiny"]
+SPARSE = [*TINY, "--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.5", "--num-inference-steps", "2"]
 LINES: list[dict[str, Any]] = [
     {"prompt": "a cat", "height": 64, "width": 96, "num_frames": 5, "seed": 7},
     {"prompt": "a dog", "negative_prompt": "grey", "height": 128, "num_frames": 9},
@@ -111,7 +112,7 @@ def test_refused_by_file_and_line(
 
     monkeypatch.setattr(generate_job, "load_pipeline", load)
     file = _file(tmp_path, {"prompt": "a cat"}, line)
-    assert main(["--prompt-file", file, *flags, "--output", str(tmp_path / "video.mp4")]) == 2
+    assert main([*TINY, "--prompt-file", file, *flags, "--output", str(tmp_path / "video.mp4")]) == 2
     (error,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert f"{file} line 3" in error
     assert re.search(text, error)

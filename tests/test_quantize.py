@@ -188,7 +188,7 @@ def test_refused_on_a_cpu(flags: list[str], text: str) -> None:
 
 
 def test_refused_before_loading(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*FLAGS]) == 2
+    assert main(["--model", "tiny", *FLAGS]) == 2
     assert "this job runs on a CPU; leave --quantization out" in capsys.readouterr().err
     assert main(["--quantization", "int8"]) == 2
     assert "invalid choice: 'int8' (choose from" in capsys.readouterr().err
@@ -216,7 +216,7 @@ def test_refused_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_commands_share_the_flags() -> None:
     assert parse_serve_arguments(FLAGS).base().quantization == "fp8"
-    base = FidelityArguments(prompts="p.txt", output="o", quantization="fp8").base()
+    base = FidelityArguments(prompts="p.txt", output="o", model="tiny", quantization="fp8").base()
     assert base.quantization == "fp8"
     # Videos of one folder are compared with each other.
     assert _shared_by_all(base, find_model(base, CPU), Ranks(0, 1, CPU))["quantization"] == "fp8"

@@ -28,6 +28,7 @@ from sp_sparse.serve.requests import VideoRequest, job_parameters
 from sp_sparse.serve.wan import WanBackend
 from tests.serving.fake import CARD
 
+TINY = ["--model", "tiny"]
 SMALL = ["--height", "64", "--width", "64", "--num-frames", "5", "--num-inference-steps", "2"]
 CPU = torch.device("cpu")
 SPARSE = ["--sparse-attn-backend", "reference"]
@@ -41,14 +42,14 @@ def _refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
         raise AssertionError("weights are read")
 
     monkeypatch.setattr(generate_job, "load_pipeline", load)
-    assert main(list(flags)) == 2
+    assert main([*TINY, *flags]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     return line
 
 
 def _generate(folder: Path, *flags: str) -> dict[str, Any]:
     """The report."""
-    assert main([*flags, "--output", str(folder / "video.mp4")]) == 0
+    assert main([*TINY, *flags, "--output", str(folder / "video.mp4")]) == 0
     report: dict[str, Any] = json.loads((folder / "video.json").read_text())
     return report
 
@@ -338,7 +339,7 @@ def test_lora_weights_that_fit_nothing_are_refused(tmp_path: Path, capsys: pytes
     for name in ("foreign", "garbage", "absent", "narrow", "empty"):
         for flag in ("--lora", "--lora-2"):
             source = str(tmp_path / f"{name}.safetensors")
-            assert main([*SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
+            assert main([*TINY, *SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
             error = capsys.readouterr().err
             assert f"error: {flag} {source}" in error
             assert "give LoRA weights that were made for this model" in error
@@ -372,7 +373,7 @@ def test_lora_weights_that_fit_in_part_are_refused(
     generator = torch.Generator().manual_seed(0)
     shapes = {key: (4, 128) if key.endswith(("_A", "down")) else (128, 4) for key in keys}
     save_file({f"{key}.weight": torch.randn(*shape, generator=generator) for key, shape in shapes.items()}, source)
-    assert main([*SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
+    assert main([*TINY, *SMALL, flag, source, "--output", str(tmp_path / "video.mp4")]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "error:" in line]
     assert line.startswith(f"error: {flag} {source} has {len(keys)} weights")
     assert re.search(text, line)

@@ -70,7 +70,8 @@ def _report(arguments: FidelityArguments, store: ResultStore, prompts: tuple[str
 
 
 def _prompts(base: GenerateArguments) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(video.arguments.prompt for video in wanted_videos(base)))
+    found = (video.arguments.prompt for video in wanted_videos(base))
+    return tuple(dict.fromkeys(prompt for prompt in found if prompt is not None))  # a line always has one
 
 
 def on_first(ranks: Ranks, action: Callable[[], T]) -> T:

@@ -14,6 +14,7 @@ from typing import Any
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import FLAG_PREFIX, PRESET_HELP, PRESETS
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags
+from sp_sparse.generate.defaults import MINI_PROMPT, PROMPT
 from sp_sparse.generate.memory import MemoryOptions
 from sp_sparse.generate.mini import MINI
 
@@ -73,9 +74,9 @@ class GenerateArguments:
     """
 
     model: str = option(
-        "tiny",
-        f"{', '.join(TINY_MODELS)} (random weights, run anywhere); a14b-random or ti2v-5b-random (full width, random "
-        "weights); a folder; or a hub id",
+        MINI,
+        f"{MINI} (small and trained; in a checkout); {', '.join(TINY_MODELS)} (random weights, run anywhere); "
+        "a14b-random or ti2v-5b-random (full width, random weights); a folder; or a hub id",
     )
     layers: int | None = option(
         None,
@@ -104,7 +105,7 @@ class GenerateArguments:
         many=True,
     )
     lora_scale_2: tuple[float, ...] = option((), "the same for --lora-2", _scales, many=True)
-    prompt: str = option("a cat walks on the grass", "what to show")
+    prompt: str | None = option(None, f"what to show (default: {PROMPT}; for mini: {MINI_PROMPT})")
     prompt_file: str | None = option(
         None,
         "one prompt a line, one video each; instead of --prompt; of a .jsonl file each line is an object with prompt and "
@@ -344,7 +345,7 @@ def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:
             f"{flag_of(names[0])} is given, but attention is dense without a backend; add --sparse-attn-backend auto or a "
             "preset, or none to keep it dense"
         )
-    block_size = _SMALL_BLOCKS.get(given.get("model", "tiny"))
+    block_size = _SMALL_BLOCKS.get(given.get("model", MINI))
     if block_size is not None:
         given = {"sparse_attn_block_size": block_size, **given}
     return SparseAttentionConfig.from_flags(argparse.Namespace(**given))

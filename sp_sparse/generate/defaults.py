@@ -1,4 +1,4 @@
-"""What each model of the family makes if nothing is asked for: sizes, steps and guidance as its authors run it.
+"""What each model of the family makes if nothing is asked for: a prompt; sizes, steps and guidance as its authors run it.
 
 The shift of the noise schedule is the checkpoint's own, in its scheduler's configuration.
 """
@@ -6,6 +6,10 @@ The shift of the noise schedule is the checkpoint's own, in its scheduler's conf
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
+PROMPT = "a cat walks on the grass"
+# Of the words that mini knows, which are no others than those of its captions.
+MINI_PROMPT = "A red circle moves to the right over dark blue stripes."
 
 
 @dataclass(frozen=True)
@@ -18,6 +22,7 @@ class VideoDefaults:
     fps: int
     num_inference_steps: int
     guidance_scale: float
+    prompt: str = PROMPT
 
 
 # 8 x 8 x 5 = 320 tokens, 20 blocks of 16.
@@ -25,7 +30,7 @@ TINY = VideoDefaults(128, 128, 17, 8, 4, 3.0)
 # Its VAE shrinks by 16: 6 x 6 x 5 = 180 tokens.
 TINY_TI2V = replace(TINY, height=192, width=192)
 # 16 x 16 x 13 = 3,328 tokens, 52 blocks of 64: what it was trained on.
-MINI = VideoDefaults(128, 128, 49, 16, 12, 3.0)
+MINI = VideoDefaults(128, 128, 49, 16, 12, 3.0, MINI_PROMPT)
 # Wan 2.2.
 T2V_A14B = VideoDefaults(480, 832, 81, 16, 40, 4.0)
 I2V_A14B = replace(T2V_A14B, guidance_scale=3.5)

@@ -17,7 +17,7 @@ def mini_folder(folder: Path = _FOLDER) -> Path:
     """
     if not (folder / "model_index.json").is_file():
         raise ValueError(
-            f"--model {MINI} has no weights in {folder}; run from a checkout that has them, train them as docs/mini.md "
-            "tells, or give --model tiny"
+            f"--model {MINI} (the default) has no weights in {folder}; run from a checkout that has them, train them as "
+            "docs/mini.md tells, or give another --model: a Wan checkpoint, or tiny (random weights)"
         )
     return folder

@@ -339,7 +339,7 @@ def _pipeline_index(model: str) -> dict[str, Any]:
         index: dict[str, Any] = DiffusionPipeline.load_config(model)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--model {model} is neither {', '.join((*TINY_MODELS, *STAND_INS))}, nor a folder, nor a hub id that can be "
-            f"reached: {str(error).splitlines()[0]}"
+            f"--model {model} is neither {', '.join((MINI, *TINY_MODELS, *STAND_INS))}, nor a folder, nor a hub id that "
+            f"can be reached: {str(error).splitlines()[0]}"
         ) from error
     return index

@@ -39,10 +39,15 @@ class EncodedPrompt:
 
 def encode_prompts(pipe: Any, videos: Sequence[GenerateArguments], device: torch.device) -> list[EncodedPrompt]:
     """Encode all prompts, then drop the text encoder: its memory is worth more to attention."""
-    texts = [(video.prompt, video.negative_prompt) for video in videos]
+    texts = [(_prompt_of(video), video.negative_prompt) for video in videos]
     encoded = {text: encode_prompt(pipe, videos[texts.index(text)], text[0], device) for text in dict.fromkeys(texts)}
     drop_text_encoder(pipe)
     return [encoded[text] for text in texts]
+
+
+def _prompt_of(video: GenerateArguments) -> str:
+    assert video.prompt is not None  # filled
+    return video.prompt
 
 
 def drop_text_encoder(pipe: Any) -> None:

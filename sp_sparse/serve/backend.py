@@ -16,6 +16,7 @@ class ModelCard:
 
     Attributes:
         name: the `model` of requests and answers.
+        prompt: what the page suggests.
         height, width, num_frames, fps, num_inference_steps, guidance_scale: of a video for which nothing is asked.
         pixel_multiple: heights and widths are multiples of it.
         frame_multiple: numbers of frames are a multiple of it, plus one.
@@ -25,6 +26,7 @@ class ModelCard:
     """
 
     name: str
+    prompt: str
     height: int
     width: int
     num_frames: int

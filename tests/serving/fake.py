@@ -31,6 +31,7 @@ from tests.serving.server import Client
 
 CARD = ModelCard(
     name="fake/model",
+    prompt="a fox",
     height=64,
     width=64,
     num_frames=5,

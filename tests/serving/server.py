@@ -22,6 +22,7 @@ import torch.distributed as dist
 from sp_sparse.serve.__main__ import main
 from tests.processes import PATIENCE_S, wait_for
 
+TINY = ["--model", "tiny"]
 SPARSE = ["--sparse-attn-backend", "reference", "--sparse-attn-topk", "0.3"]
 
 
@@ -82,7 +83,7 @@ class RankServer(Client):
     def __init__(self, folder: Path, world: int, *flags: str, program: Callable[[list[str]], int] = main) -> None:
         self.folder, self.world, self.port, self._program = folder, world, free_port(), program
         super().__init__(f"http://127.0.0.1:{self.port}")
-        self._flags = ["--port", str(self.port), "--data-dir", str(folder / "data"), *SPARSE, *flags]
+        self._flags = ["--port", str(self.port), "--data-dir", str(folder / "data"), *TINY, *SPARSE, *flags]
         self.processes: list[BaseProcess] = []
 
     def __enter__(self) -> RankServer:

@@ -532,6 +532,7 @@ def test_health_models_metrics_and_documents(server: LocalServer) -> None:
     assert server.http.get("/health").json() == {"live": True, "ready": True, "state": "ready"}
     model = server.http.get("/v1/models").json()["data"][0]
     assert (model["defaults"]["sparse_topk"], model["limits"]["queue"]) == (0.3, 64)
+    assert model["defaults"]["prompt"] == "a fox"
     _refused(server.http.get("/v1/models/other"), 404, "model_not_found")
     text = server.http.get("/metrics").text
     for line in (

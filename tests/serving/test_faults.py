@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.processes import process_of_rank, wait_for
-from tests.serving.server import SPARSE, Client, RankServer, free_port
+from tests.serving.server import SPARSE, TINY, Client, RankServer, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = ["--max-steps", "15000"]
@@ -22,8 +22,8 @@ def test_torchrun_brings_the_service_back_with_its_queue(tmp_path: Path) -> None
     """kill -9 of each rank in turn, amid a job; at last SIGTERM to torchrun drains."""
     port = free_port()
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    torchrun += ["--max-restarts", "3", str(ROOT / "launch" / "serve.py"), "--ulysses-degree", "2", *SPARSE, *STEPS]
-    flags = ["--port", str(port), "--data-dir", str(tmp_path / "data"), "--max-tries", "10"]
+    torchrun += ["--max-restarts", "3", str(ROOT / "launch" / "serve.py"), "--ulysses-degree", "2"]
+    flags = ["--port", str(port), "--data-dir", str(tmp_path / "data"), "--max-tries", "10", *TINY, *SPARSE, *STEPS]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen([*torchrun, *flags], cwd=tmp_path, env=environment, stdout=log, stderr=log)

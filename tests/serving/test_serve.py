@@ -16,7 +16,7 @@ from sp_sparse.generate.files import decoded_pixels
 from sp_sparse.serve.__main__ import main as serve
 from tests.processes import wait_for
 from tests.ranks import run_ranks
-from tests.serving.server import SPARSE, RankServer
+from tests.serving.server import SPARSE, TINY, RankServer
 
 LONG = {"num_inference_steps": 5000}
 CONSTANT = ["--sparse-attn-schedule", "constant"]
@@ -31,7 +31,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankServer]:
 
 def _generated(folder: Path, world: int, *flags: str) -> bytes:
     """The pixels that `generate` makes on so many ranks."""
-    run_ranks(world, _rank_generates, [*flags, "--prompt", "a fox", "--output", str(folder / "video.mp4")])
+    run_ranks(world, _rank_generates, [*TINY, *flags, "--prompt", "a fox", "--output", str(folder / "video.mp4")])
     return decoded_pixels((folder / "video.mp4").read_bytes())
 
 
