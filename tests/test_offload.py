@@ -20,6 +20,7 @@ from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
 from sp_sparse.generate.asked import fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh
+from sp_sparse.generate.defaults import PROMPT
 from sp_sparse.generate.files import decoded_pixels
 from sp_sparse.generate.memory import NotEnoughMemoryError, is_out_of_memory
 from sp_sparse.generate.models import find_model, load_pipeline
@@ -134,7 +135,7 @@ def _rank_fails(rank: int, folder: str, flags: list[str], kind: str, failing: in
     with pretended_device(before_coming) as came:
         pipe = load_pipeline(arguments, model, cpu)
         pipe.set_progress_bar_config(disable=True)
-        prompt = encode_prompt(pipe, arguments, "a cat", cpu)
+        prompt = encode_prompt(pipe, arguments, PROMPT, cpu)
         attach(pipe, arguments.sparse, build_mesh(arguments), AttentionRecorder())
         armed = True
         told = "memory ran out in denoise; less is taken, in this order, with "
@@ -180,7 +181,7 @@ def test_of_all_parts_one_at_most_is_on_the_device(plain: Path) -> None:
             inner = part.encoder if name == "text_encoder" else part.blocks[0]
             inner.register_forward_pre_hook(lambda *_: seen.append(there()))
         assert there() == []
-        prompt = encode_prompt(pipe, arguments, "a cat", cpu)
+        prompt = encode_prompt(pipe, arguments, PROMPT, cpu)
         for _ in range(2):
             latents = denoise(pipe, arguments, prompt, StepClock(cpu), Start())
             assert there() == []
