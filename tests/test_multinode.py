@@ -9,9 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
+from sp_sparse import SparseAttentionConfig
 from sp_sparse.generate.__main__ import main
+from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.attach import check_ranks
+from sp_sparse.generate.ranks import Ranks
 from tests.processes import process_of_rank, wait_for
 from tests.serving.server import SPARSE, free_port
 
@@ -90,3 +95,19 @@ def test_a_file_that_one_node_lacks_is_told_with_the_node(tmp_path: Path) -> Non
         for node, agent in enumerate(agents):
             _kill(agent, node)
     assert re.search(r"error: rank 2 on node 1 \(.+\): .*prompts\.txt", (tmp_path / "log_0").read_text())
+
+
+def test_a_ulysses_group_across_nodes_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = Ranks(0, 4, torch.device("cpu"), ("node 0 (a)",) * 3 + ("node 1 (b)",))
+    sparse = SparseAttentionConfig(backend="reference")
+    check_ranks(GenerateArguments(ring_degree=4, sparse=sparse), ranks)
+    assert not capsys.readouterr().err
+    check_ranks(GenerateArguments(ulysses_degree=2, ring_degree=2, sparse=sparse), ranks)
+    told = "--ulysses-degree 2 crosses nodes: rank 2 on node 0 (a) exchanges heads with rank 3 on node 1 (b)"
+    assert told in capsys.readouterr().err
+
+
+def test_degrees_for_the_nodes_are_named() -> None:
+    ranks = Ranks(0, 4, torch.device("cpu"), ("node 0 (a)",) * 2 + ("node 1 (b)",) * 2)
+    with pytest.raises(ValueError, match="such as --ulysses-degree 2 --ring-degree 2 for 2 nodes of 2"):
+        check_ranks(GenerateArguments(), ranks)
