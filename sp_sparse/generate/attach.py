@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +18,7 @@ from sp_sparse.selection.registry import load_selector
 
 
 def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
-    """Refuse degrees that do not fit the ranks, and attention that cannot run on them.
+    """Refuse degrees that do not fit the ranks, and attention that cannot run on them; tell of slow meshes.
 
     Raises:
         ValueError: with the numbers and the remedy.
@@ -25,7 +27,8 @@ def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
     if arguments.ranks_wanted != ranks.world:
         raise ValueError(
             f"{shape} = {arguments.ranks_wanted} ranks are asked for, but {ranks.world} run; start "
-            f"`torchrun --nproc-per-node {arguments.ranks_wanted}`, or choose degrees whose product is {ranks.world}"
+            f"{_torchrun(arguments.ranks_wanted, ranks)}, or choose degrees whose product is {ranks.world}"
+            f"{_fitting_degrees(ranks)}"
         )
     if arguments.sparse.backend == "none" and ranks.world > 1 and ranks.device.type == "cpu":
         raise ValueError(
@@ -33,6 +36,36 @@ def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
             "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
         )
     check_names(arguments.sparse)
+    crossing = _crossing_group(arguments.ulysses_degree, ranks.nodes)
+    if crossing is not None:
+        ranks.say(
+            f"--ulysses-degree {arguments.ulysses_degree} crosses nodes: {ranks.name(crossing[0])} exchanges heads with "
+            f"{ranks.name(crossing[-1])}, which is slower than within one; with a degree that divides the ranks of every "
+            f"node ({', '.join(str(count) for count in _ranks_of_nodes(ranks))}) and a ring across, it would not"
+        )
+
+
+def _ranks_of_nodes(ranks: Ranks) -> list[int]:
+    return list(Counter(ranks.nodes).values())
+
+
+def _torchrun(wanted: int, ranks: Ranks) -> str:
+    nodes = len(_ranks_of_nodes(ranks))
+    return f"{wanted} ranks on {nodes} nodes" if nodes > 1 else f"`torchrun --nproc-per-node {wanted}`"
+
+
+def _fitting_degrees(ranks: Ranks) -> str:
+    """An example for several nodes with equally many ranks: Ulysses within a node, ring across."""
+    counts = _ranks_of_nodes(ranks)
+    if len(counts) < 2 or len(set(counts)) > 1:
+        return ""
+    return f", such as --ulysses-degree {counts[0]} --ring-degree {len(counts)} for {len(counts)} nodes of {counts[0]}"
+
+
+def _crossing_group(ulysses_degree: int, nodes: Sequence[str]) -> range | None:
+    """The ranks of the first Ulysses group that is not within one node."""
+    groups = (range(first, first + ulysses_degree) for first in range(0, len(nodes), ulysses_degree))
+    return next((group for group in groups if nodes[group[0]] != nodes[group[-1]]), None)
 
 
 def check_names(config: SparseAttentionConfig) -> None:

@@ -4,22 +4,28 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from datetime import timedelta
+from time import monotonic, sleep
 from typing import Any, NoReturn, TypeVar
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
-from sp_sparse.parallel.agreement import check_all_same, every_value, together
+from sp_sparse.parallel.agreement import LostRankError, check_all_same, every_value, together
 
 T = TypeVar("T")
+
+_START = "sp_sparse/start"
+_LOOK_S = 0.05
 
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError, ImportError)
 
@@ -32,11 +38,13 @@ class Ranks:
         rank: number of this one.
         world: how many there are.
         device: where this one computes.
+        nodes: name of the machine of each rank; empty where that does not matter.
     """
 
     rank: int
     world: int
     device: torch.device
+    nodes: tuple[str, ...] = ()
 
     @property
     def first(self) -> bool:
@@ -63,7 +71,11 @@ class Ranks:
         Raises:
             RefusedError: it failed on some rank.
         """
-        return together(action, self.groups, USER_ERRORS)
+        return together(action, self.groups, USER_ERRORS, self.name)
+
+    def name(self, rank: int) -> str:
+        """What users read of a rank: its number, and with several nodes where it is."""
+        return f"rank {rank} on {self.nodes[rank]}" if len(set(self.nodes)) > 1 else f"rank {rank}"
 
     def check_same(self, arguments: Any, but: tuple[str, ...] = ()) -> None:
         """Fail on every rank if the fields of a dataclass, `but` for these, differ between ranks. A collective call.
@@ -98,7 +110,7 @@ def start_ranks(device: str, timeout_s: float, on_stop: Callable[[], None] | Non
     if on_stop is not None:
         _call_when_stopped((signal.SIGTERM, signal.SIGINT), on_stop)
     if world == 1 or dist.is_initialized():
-        yield Ranks(rank, world, place)
+        yield Ranks(rank, world, place, _every_node())
         return
     if on_stop is None:
         _call_when_stopped((signal.SIGTERM,), lambda: _speak_and_end(rank))
@@ -106,25 +118,58 @@ def start_ranks(device: str, timeout_s: float, on_stop: Callable[[], None] | Non
     dist.init_process_group(
         # Beside NCCL a backend for the host, where ranks compare numbers without waiting for the device.
         "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo",
-        store=_meeting_place(timeout),
+        store=_meeting_place(rank, world, timeout),
         rank=rank,
         world_size=world,
         timeout=timeout,
         device_id=place if place.type == "cuda" else None,
     )
-    yield Ranks(rank, world, place)
+    yield Ranks(rank, world, place, _every_node())
     dist.barrier()  # a rank that leaves early breaks those still talking to it
     dist.destroy_process_group()
 
 
-def _meeting_place(timeout: timedelta) -> dist.Store:
-    """The store of torchrun, where ranks leave their addresses for one another.
+def _meeting_place(rank: int, world: int, timeout: timedelta) -> dist.Store:
+    """The store of torchrun, where ranks leave their addresses for one another; a part of it that is this start's own.
 
-    torchrun keeps it when it starts the ranks anew, with the addresses of those that are gone: each start has its own part.
+    torchrun keeps it when it starts the ranks anew, with the addresses of those that are gone.
     """
     store, _, _ = next(rendezvous("env://", timeout=timeout))
     store.set_timeout(timeout)
-    return dist.PrefixStore(f"start_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return dist.PrefixStore(_agree_on_start(store, rank, world, timeout), store)
+
+
+def _agree_on_start(store: dist.Store, rank: int, world: int, timeout: timedelta) -> str:
+    """A name for this start of the ranks, the same on all of them and new.
+
+    TORCHELASTIC_RESTART_COUNT is none: each node counts its own, and one that was replaced begins at 0. The first rank draws
+    the name, and the others take it only if they are among those that it has met: else it is that of a start before.
+
+    Raises:
+        DistError: the others did not come in time.
+    """
+    own = uuid4().hex
+    if rank == 0:
+        store.set(_START, own)
+        met = [store.get(f"{_START}/{own}/{other}").decode() for other in range(1, world)]
+        store.set(f"{_START}/{own}", " ".join(met))
+        return own
+    end = monotonic() + timeout.total_seconds()
+    while monotonic() < end:
+        start = store.get(_START).decode()
+        store.set(f"{_START}/{start}/{rank}", own)
+        if store.check([f"{_START}/{start}"]) and own in store.get(f"{_START}/{start}").decode().split():
+            return start
+        sleep(_LOOK_S)
+    raise LostRankError("the ranks did not all start")
+
+
+def _every_node() -> tuple[str, ...]:
+    """The node of each rank, by torchrun's number and the machine's name. A collective call."""
+    number, machine = os.environ.get("GROUP_RANK"), socket.gethostname()
+    node = machine if number is None else f"node {number} ({machine})"
+    groups = () if dist.group.WORLD is None else (dist.group.WORLD,)
+    return tuple(every_value(node, groups).values())
 
 
 def leave(status: int) -> NoReturn:

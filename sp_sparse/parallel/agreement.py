@@ -124,9 +124,14 @@ def _devices(group: ProcessGroup) -> list[str]:
 
 
 def together(
-    action: Callable[[], T], groups: Sequence[ProcessGroup], errors: tuple[type[Exception], ...] = (Exception,)
+    action: Callable[[], T],
+    groups: Sequence[ProcessGroup],
+    errors: tuple[type[Exception], ...] = (Exception,),
+    name: Callable[[int], str] = "rank {}".format,
 ) -> T:
     """Do something on every rank; if one of them fails by one of `errors`, all of them do. A collective call.
+
+    `name` is what a rank is called in what is told.
 
     Raises:
         RefusedError: it failed on some rank.
@@ -146,10 +151,10 @@ def together(
         return result
     first, (kind, text) = next(iter(failures.items()))
     lowest, this = next(iter(every)), this_rank()
-    failure = f"rank {first}: {kind}: {text}"
+    failure = f"{name(first)}: {kind}: {text}"
     if error is not None:
         raise RefusedError(str(error), this == lowest or every[this] != every[lowest], failure) from error
-    raise RefusedError(f"rank {first}: {text}", this == lowest, failure)
+    raise RefusedError(f"{name(first)}: {text}", this == lowest, failure)
 
 
 def is_lost_rank(error: BaseException) -> bool:
