@@ -397,7 +397,7 @@ def test_every_flag_of_generate_is_taken_or_is_about_one_video() -> None:
     taken = {flag.name for flag in options_of(FidelityArguments)}
     # What is listed instead, what is written, and what judges or times one job.
     instead = {"prompt", "prompt_file", "videos_per_prompt", "seed", "sparse_attn_preset"}
-    written = {"output_latents", "output_frames", "report"}
+    written = {"output_latents", "output_frames", "output_masks", "report"}
     of_a_job = {"compile", "verify", "verify_tolerance", "repeat"}
     # Videos that start from others are not compared here.
     from_videos = {"video", "strength", "mask", "reference_image", "conditioning_scale"}

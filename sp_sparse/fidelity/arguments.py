@@ -10,7 +10,7 @@ from typing import Any
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.fidelity.plan import Baseline, Setting, SettingLists, default_block_size
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags, same_option
-from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.arguments import GenerateArguments, given_degrees
 
 
 def _shared(name: str, **changed: Any) -> Any:
@@ -88,6 +88,7 @@ class FidelityArguments:
     scheduler: str = _shared("scheduler")
     flow_shift: float | None = _shared("flow_shift")
     vae_tiling: bool = _shared("vae_tiling")
+    mesh: str = _shared("mesh")
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")
@@ -98,6 +99,7 @@ class FidelityArguments:
     device: str = _shared("device")
     timeout_s: float = _shared("timeout_s")
     debug: bool = _shared("debug")
+    given_degrees: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -151,7 +153,10 @@ class FidelityArguments:
         shared -= {"output"}
         sparse = self.settings[0].config(self.sparse_attn_backend)
         return GenerateArguments(
-            **{name: getattr(self, name) for name in shared}, prompt_file=self.prompts, sparse=sparse
+            **{name: getattr(self, name) for name in shared},
+            prompt_file=self.prompts,
+            sparse=sparse,
+            given_degrees=self.given_degrees,
         )
 
 
@@ -163,4 +168,5 @@ def parse_arguments(argv: Sequence[str] | None = None) -> FidelityArguments:
         OSError: a configuration file that cannot be read.
     """
     given, configured = parse_flags("fidelity", __doc__, {"": FidelityArguments}, argv)
-    return FidelityArguments(**(configured | given))
+    given = configured | given
+    return FidelityArguments(**given, given_degrees=given_degrees(given))

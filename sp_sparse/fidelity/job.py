@@ -17,6 +17,7 @@ from sp_sparse.fidelity.report import report_files
 from sp_sparse.fidelity.store import DENSE, FLOOR, SPARSE, Item, ResultStore
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.attach import build_mesh, check_names
+from sp_sparse.generate.auto_mesh import with_mesh
 from sp_sparse.generate.checks import checked_model, checked_video
 from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.prompts import wanted_videos
@@ -82,7 +83,7 @@ def on_first(ranks: Ranks, action: Callable[[], T]) -> T:
 
 def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArguments, WanModel, CaptionCheck | None]:
     """Refuse what can be refused before weights are read; the arguments with the model's own values for what is open."""
-    base = arguments.base()
+    base = with_mesh(arguments.base(), ranks)
     for setting in arguments.settings:
         check_names(setting.config(arguments.sparse_attn_backend))
     caption_check = None if arguments.caption_check is None else load_caption_check(arguments.caption_check)

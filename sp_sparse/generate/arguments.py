@@ -178,7 +178,16 @@ class GenerateArguments:
     output: str | None = option(None, "video, .mp4 (default: outputs/<model>_u<U>_r<R>_<topk>_<seed>.mp4)")
     output_latents: str | None = option(None, "final latents too, .pt")
     output_frames: str | None = option(None, "frames too, as they are before the video codec, .pt")
+    output_masks: str | None = option(
+        None, "block masks of some layers and steps too, .npz, for launch/benchmark.py simulate"
+    )
     report: str | None = option(None, "what ran, .json (default: beside the video)")
+    mesh: str = option(
+        "degrees",
+        "degrees: as the next three flags say; auto: chosen for the ranks, nodes, heads and size, around those of them that "
+        "are given",
+        choices=("degrees", "auto"),
+    )
     ulysses_degree: int = option(1, "ranks that split the heads", int, at_least=1, at_most=_LARGEST)
     ring_degree: int = option(1, "ranks that pass keys and values around", int, at_least=1, at_most=_LARGEST)
     cfg_parallel_degree: int = option(
@@ -223,6 +232,9 @@ class GenerateArguments:
     repeat: int = option(1, "denoise each video so many times, to measure", int, at_least=1, at_most=_LARGEST)
     debug: bool = option(False, "show the traceback of an error", bool)
     sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+    # Of the degrees, those that flags gave: --mesh auto keeps to them; and why it chose the others.
+    given_degrees: tuple[str, ...] = ()
+    mesh_reason: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "lora", tuple(self.lora))
@@ -239,6 +251,7 @@ class GenerateArguments:
             ("output", ".mp4"),
             ("output_latents", ".pt"),
             ("output_frames", ".pt"),
+            ("output_masks", ".npz"),
             ("report", ".json"),
         ):
             value = getattr(self, name)
@@ -278,10 +291,21 @@ class GenerateArguments:
                 f"--verify {self.verify} compares sparse attention, which --sparse-attn-backend none leaves off; choose "
                 "a backend such as auto, or --verify none"
             )
-        if self.sparse.backend != "none" and self.sparse.kv_exchange != "ring" and self.ring_degree == 1:
+        is_open = self.mesh == "auto"  # the degrees are checked when they have been chosen
+        if (
+            self.sparse.backend != "none"
+            and self.sparse.kv_exchange != "ring"
+            and self.ring_degree == 1
+            and not is_open
+        ):
             raise ValueError(
                 f"--sparse-attn-kv-exchange {self.sparse.kv_exchange} is for ring ranks, and --ring-degree is 1; leave it "
                 "out, or use --ring-degree 2 or more"
+            )
+        if self.output_masks is not None and self.sparse.backend == "none":
+            raise ValueError(
+                f"--output-masks {self.output_masks} records what sparse attention chooses, which --sparse-attn-backend "
+                "none leaves off; choose a backend such as auto, or leave --output-masks out"
             )
         if self.verify_tolerance is not None and self.verify == "none":
             raise ValueError("--verify-tolerance has nothing to judge; add --verify single or --verify dense")
@@ -334,7 +358,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
         configured = {name: value for name, value in configured.items() if name not in ("prompt", "prompt_file")}
     given = configured | given
     own = {o.name: given[o.name] for o in options_of(GenerateArguments) if o.name in given}
-    return GenerateArguments(**own, sparse=sparse_config(given))
+    return GenerateArguments(**own, sparse=sparse_config(given), given_degrees=given_degrees(given))
+
+
+def given_degrees(given: dict[str, Any]) -> tuple[str, ...]:
+    """The degrees of the mesh among the flags that were given."""
+    return tuple(name for name in ("ulysses_degree", "ring_degree", "cfg_parallel_degree") if name in given)
 
 
 def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.generate.auto_mesh import crossing_group
 from sp_sparse.generate.models import transformers_of
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
@@ -36,7 +36,7 @@ def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
             "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
         )
     check_names(arguments.sparse)
-    crossing = _crossing_group(arguments.ulysses_degree, ranks.nodes)
+    crossing = crossing_group(arguments.ulysses_degree, ranks.nodes)
     if crossing is not None:
         ranks.say(
             f"--ulysses-degree {arguments.ulysses_degree} crosses nodes: {ranks.name(crossing[0])} exchanges heads with "
@@ -60,12 +60,6 @@ def _fitting_degrees(ranks: Ranks) -> str:
     if len(counts) < 2 or len(set(counts)) > 1:
         return ""
     return f", such as --ulysses-degree {counts[0]} --ring-degree {len(counts)} for {len(counts)} nodes of {counts[0]}"
-
-
-def _crossing_group(ulysses_degree: int, nodes: Sequence[str]) -> range | None:
-    """The ranks of the first Ulysses group that is not within one node."""
-    groups = (range(first, first + ulysses_degree) for first in range(0, len(nodes), ulysses_degree))
-    return next((group for group in groups if nodes[group[0]] != nodes[group[-1]]), None)
 
 
 def check_names(config: SparseAttentionConfig) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.asked import check_second_expert, fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
+from sp_sparse.generate.auto_mesh import with_mesh
 from sp_sparse.generate.checks import checked_model, checked_video
 from sp_sparse.generate.files import check_writable
 from sp_sparse.generate.lora import check_line_lora, check_lora, differ_in_lora, with_all_lora
@@ -17,6 +19,7 @@ from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.offload import comings
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.recorded_masks import MaskSampler, RecordedMasks
 from sp_sparse.generate.report import attention_report, job_report, write_report
 from sp_sparse.generate.stages import Stages
 from sp_sparse.generate.start import Start
@@ -36,10 +39,10 @@ def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any
     """
     ranks.check_same(arguments)
     asked = arguments
-    arguments, wanted, model = ranks.together(lambda: _check(asked, ranks))
+    arguments, wanted, model = ranks.together(lambda: _check(with_mesh(asked, ranks), ranks))
     check_all_same({f"video {number}": video for number, video in enumerate(wanted)}, ranks.groups)
 
-    stages, recorder = Stages(ranks), AttentionRecorder()
+    stages = Stages(ranks)
     with stages.measure("load"):
         everything = with_all_lora(arguments, wanted)
         pipe = ranks.together(lambda: (load or load_pipeline)(everything, model, ranks.device))
@@ -55,6 +58,7 @@ def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any
                     f"{name}: {source['width']}x{source['height']} fills {maker.arguments.width}x{maker.arguments.height}; "
                     f"{source['cropped_share']:.1%} of it is cropped"
                 )
+    recorder = _recorder(arguments, len(pipe.transformer.blocks))
     mesh, handle = ranks.together(lambda: _prepare(pipe, arguments, recorder))
 
     videos, told = [], []
@@ -67,6 +71,8 @@ def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any
     if attention is not None:
         calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
         ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
+    if isinstance(recorder, MaskSampler):
+        _save_masks(arguments, recorder, mesh, ranks)
     handle.remove()
     came = comings(pipe)  # of the videos, not of those that verify them
     verified = verify(makers, videos)
@@ -91,7 +97,8 @@ def _check(
     _check_alike(wanted, model)
     filled = tuple(_filled(video, model) for video in wanted)
     if ranks.first:
-        for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values()):
+        masks = () if arguments.output_masks is None else (Path(arguments.output_masks),)
+        for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values(), *masks):
             check_writable(path)
     # A size may follow a line's picture, so that the job's own is told where one video is all.
     return filled[0] if len(filled) == 1 else fill_defaults(arguments, model), filled, model
@@ -133,3 +140,32 @@ def _prepare(
     handle = attach(pipe, arguments.sparse, mesh, recorder)
     prepare_transformers(pipe, arguments, mesh)
     return mesh, handle
+
+
+def _recorder(arguments: GenerateArguments, layers: int) -> AttentionRecorder:
+    if arguments.output_masks is None:
+        return AttentionRecorder()
+    assert arguments.num_inference_steps is not None  # filled
+    return MaskSampler(layers=layers, steps=arguments.num_inference_steps)
+
+
+def _save_masks(arguments: GenerateArguments, recorder: MaskSampler, mesh: SequenceParallelMesh, ranks: Ranks) -> None:
+    """Write the masks of the first sequence, put together from the ranks that share it. A collective call."""
+    parts = ranks.gather((recorder.kept, recorder.shape))[: mesh.sequence_degree]
+    sparse = arguments.sparse
+    about = {
+        "model": arguments.model,
+        "topk": sparse.topk,
+        "selector": sparse.selector,
+        "schedule": sparse.schedule,
+        "token_order": sparse.token_order,
+        "num_inference_steps": arguments.num_inference_steps,
+    }
+
+    def save() -> None:
+        if ranks.first:
+            assert arguments.output_masks is not None
+            RecordedMasks.assemble(parts, mesh.ulysses_degree, about).save(Path(arguments.output_masks))
+
+    ranks.together(save)
+    ranks.say(f"masks: {arguments.output_masks}")

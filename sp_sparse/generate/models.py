@@ -62,6 +62,8 @@ class WanModel:
         needs_last_image: whether it must.
         takes_video: whether it is loaded to make a video into another.
         takes_control: whether a video, a mask and reference images may control it: VACE.
+        heads: of a layer's self-attention.
+        token_pixels: side of a token, in pixels.
         places_blocks: whether `load` brings the blocks to their place as it makes them.
     """
 
@@ -81,6 +83,8 @@ class WanModel:
     takes_video: bool = False
     takes_control: bool = False
     places_blocks: bool = False
+    heads: int = 40
+    token_pixels: int = 16
 
 
 def find_model(arguments: GenerateArguments, device: torch.device) -> WanModel:
@@ -209,6 +213,8 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         takes_last_image=name == "tiny-i2v",
         takes_video=from_video,
         takes_control=name == "tiny-vace",
+        heads=6 if is_ti2v else 8,
+        token_pixels=32 if is_ti2v else 16,
     )
 
 
@@ -228,6 +234,8 @@ def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
         experts=TI2V_5B.experts,
         spatial_multiple=32,
         places_blocks=True,
+        heads=TI2V_5B.transformer["num_attention_heads"],
+        token_pixels=32,
     )
 
 
@@ -284,6 +292,8 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
         load=load,
         experts=experts,
         spatial_multiple=math.lcm(_PIPELINE_MULTIPLE, *(scale * side for side in patch[1:])),
+        heads=transformer.get("num_attention_heads", 40),
+        token_pixels=scale * patch[1],
         temporal_multiple=vae.get("scale_factor_temporal", 4),
         positions=transformer.get("rope_max_seq_len", 1024),
         takes_flow_shift=_takes_flow_shift(arguments.model, index),

@@ -42,6 +42,7 @@ def job_report(
             "ulysses_degree": arguments.ulysses_degree,
             "ring_degree": arguments.ring_degree,
             "cfg_degree": arguments.cfg_parallel_degree,
+            "reason": arguments.mesh_reason,
         },
         "attention": attention,
         # The first step of a run prepares and compiles, so it is left out where there are others.

@@ -11,7 +11,7 @@ from typing import Any
 from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import FLAG_PREFIX
 from sp_sparse.flags import check_numbers, flag_of, option, options_of, parse_flags, same_option
-from sp_sparse.generate.arguments import GenerateArguments, sparse_config
+from sp_sparse.generate.arguments import GenerateArguments, given_degrees, sparse_config
 from sp_sparse.serve.limits import Limits
 
 API_KEY_VARIABLE = "SP_SPARSE_API_KEY"
@@ -46,6 +46,7 @@ class ServeArguments:
     compile: bool = _shared("compile")
     fsdp: bool = _shared("fsdp")
     quantization: str = _shared("quantization")
+    mesh: str = _shared("mesh")
     ulysses_degree: int = _shared("ulysses_degree")
     ring_degree: int = _shared("ring_degree")
     cfg_parallel_degree: int = _shared("cfg_parallel_degree")
@@ -87,6 +88,7 @@ class ServeArguments:
     allow_image_urls: bool = option(False, "fetch first frames from public http(s) addresses", bool)
     debug: bool = _shared("debug")
     sparse: SparseAttentionConfig = field(default_factory=SparseAttentionConfig)
+    given_degrees: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_numbers(self)
@@ -152,4 +154,4 @@ def parse_serve_arguments(argv: Sequence[str] | None = None) -> ServeArguments:
     if os.environ.get(API_KEY_VARIABLE) and not given.get("no_api_key"):
         given.setdefault("api_key", os.environ[API_KEY_VARIABLE])
     own = {entry.name: given[entry.name] for entry in options_of(ServeArguments) if entry.name in given}
-    return ServeArguments(**own, sparse=sparse_config(given))
+    return ServeArguments(**own, sparse=sparse_config(given), given_degrees=given_degrees(given))

@@ -19,6 +19,7 @@ from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionCo
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.asked import check_video, fill_defaults
 from sp_sparse.generate.attach import attach, build_mesh, prepare_transformers
+from sp_sparse.generate.auto_mesh import with_mesh
 from sp_sparse.generate.checks import checked_model
 from sp_sparse.generate.decode import VideoDecoding
 from sp_sparse.generate.files import save_video
@@ -62,7 +63,7 @@ class WanBackend:
         Raises:
             ValueError: degrees that do not fit the ranks, or no such model.
         """
-        self._base, self._ranks = arguments.base(), ranks
+        self._base, self._ranks = with_mesh(arguments.base(), ranks), ranks
         self._model = checked_model(self._base, ranks)
         if self._model.needs_last_image:
             raise ValueError(
