@@ -52,10 +52,13 @@ def _situation(*counts: int, heads: int = A14B, guided: bool = True, **other: An
         (_situation(8, 8), 2, 8, 1, "8 ranks within a node share"),
         (_situation(8, 8, guided=False), 1, 8, 2, "8 ranks within a node"),
         (_situation(8, 8, 8, 8), 2, 8, 2, "a ring of 2"),
-        (_situation(*[8] * 8), 2, 8, 4, "a ring of 4"),
-        (_situation(4, 4, 4), 2, 2, 3, "2 ranks within a node"),
-        # Nodes of unequally many ranks: the degrees that no node's edge cuts.
-        (_situation(6, 2, guided=False), 1, 2, 4, "2 ranks within a node"),
+        # Rather Ulysses across nodes than a long ring; not 32, of which the fullest would have 2 heads of 1.25.
+        (_situation(*[8] * 8), 2, 16, 2, "16 ranks across nodes share the 40 heads unequally, 20% more"),
+        (_situation(1, 1, 1, 1, guided=False), 1, 4, 1, "4 ranks across nodes share the 40 heads equally (modelled"),
+        (_situation(1, 1, guided=False), 1, 1, 2, "two ranks share"),
+        (_situation(4, 4, 4), 2, 6, 1, "6 ranks across nodes"),
+        # Nodes of unequally many ranks, whose edge no degree but a long ring's keeps to.
+        (_situation(6, 2, guided=False), 1, 8, 1, "8 ranks across nodes"),
         # A layer of few heads: one each.
         (_situation(8, heads=4, guided=False), 1, 4, 2, "4 heads equally"),
         # diffusers' own parallelism has no halves.

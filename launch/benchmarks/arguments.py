@@ -160,6 +160,7 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
     parser = _Parser(prog="benchmark.py", description="Measure sp_sparse; every table goes with JSON lines (--output).")
     commands = parser.add_subparsers(dest="command", required=True, parser_class=_Parser)
     commands.add_parser("kernels", help="kernels alone on one GPU; see `benchmark.py kernels --help`")
+    commands.add_parser("simulate", help="the layer on more GPUs, modelled; see `benchmark.py simulate --help`")
     attention = commands.add_parser("attention", help="the attention layer on one rank and on meshes")
     _add_run_flags(attention, repeat=10, warmup=3)
     _add_grids(attention)

@@ -30,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if given[:1] == ["kernels"]:
             return _kernels(given[1:])
+        if given[:1] == ["simulate"]:
+            from launch.benchmarks.simulation.command import run
+
+            return run(given[1:])
         arguments = parse_arguments(given)
         if isinstance(arguments, PlotArguments):
             return _plot(arguments)

@@ -20,6 +20,8 @@ from sp_sparse.mask import num_blocks
 # Most heads of a rank over the mean. Modelled, 24 heads on 7 ranks (1.17) are still faster than a ring of 7, and 40 on 16
 # (1.2) no more than 8 within a ring of 2.
 _UNEVEN = 1.18
+# Ranks of a ring. It sends keys and values R - 1 times: modelled, more of them are slower than Ulysses across nodes.
+_LONG_RING = 2
 
 
 @dataclass(frozen=True)
@@ -71,8 +73,8 @@ DEGREES = ("ulysses_degree", "ring_degree", "cfg_parallel_degree")
 def choose_mesh(situation: Situation) -> MeshChoice:
     """The mesh that is preferred among those that are possible.
 
-    Guidance halves come first; then a Ulysses group within a node rather than across; for two ranks that share a sequence
-    a ring of two; else the most Ulysses ranks whose heads are near to equal, and a ring for the rest.
+    Guidance halves come first; then a ring of two at most; a Ulysses group within a node rather than across; for two ranks
+    that share a sequence a ring of two; else the most Ulysses ranks whose heads are near to equal.
 
     Raises:
         ValueError: no mesh is possible, or none with the degrees that flags give; with the remedy.
@@ -99,14 +101,15 @@ def _possible(situation: Situation) -> list[MeshChoice]:
     return found
 
 
-def _preference(mesh: MeshChoice, situation: Situation) -> tuple[int, bool, bool, bool, int]:
+def _preference(mesh: MeshChoice, situation: Situation) -> tuple[float, ...]:
     """The higher, the better."""
     pair = mesh.ulysses_degree * mesh.ring_degree == 2
     return (
         mesh.cfg_parallel_degree,
+        mesh.ring_degree <= _LONG_RING,
         crossing_group(mesh.ulysses_degree, situation.nodes) is None,
         pair and mesh.ring_degree == 2,
-        _unevenness(mesh, situation) <= _UNEVEN,
+        -max(_unevenness(mesh, situation), _UNEVEN),
         mesh.ulysses_degree,
     )
 
@@ -137,7 +140,8 @@ def _reason(mesh: MeshChoice, situation: Situation) -> str:
         if mesh.ulysses_degree > 1:
             uneven = _unevenness(mesh, situation)
             equal = "equally" if uneven == 1 else f"unequally, {uneven - 1:.0%} more than the mean on the fullest"
-            told.append(f"{mesh.ulysses_degree} ranks{where} share the {situation.heads} heads {equal}")
+            modelled = " (modelled, not measured)" if crossing is not None else ""
+            told.append(f"{mesh.ulysses_degree} ranks{where} share the {situation.heads} heads {equal}{modelled}")
         if mesh.ring_degree > 1:
             told.append(f"a ring of {mesh.ring_degree} shares the rest (modelled, not measured)")
     if situation.fixed:

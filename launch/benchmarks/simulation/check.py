@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -74,16 +75,30 @@ def benchmark_mask(size: LayerSize, density: float) -> NDArray[np.bool_]:
 
 
 def check_table(checked: Sequence[Checked]) -> str:
-    """A line a row, as Markdown."""
+    """A line a row, as Markdown; the efficiency of several GPUs, measured and modelled, beside it."""
     lines = [
-        "| tokens | kernel | density | mesh | measured ms | modelled ms | error | within 7 % |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| tokens | kernel | density | mesh | measured ms | modelled ms | error | within 7 % | efficiency measured "
+        "| modelled |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    alone = {_same(one): one.ms for one in checked if one.row["gpus"] == 1}
     for one in checked:
         row = one.row
         mesh = f"U{row['ulysses']}×R{row['ring']}" + (f" {row['kv_exchange']}" if "kv_exchange" in row else "")
         lines.append(
             f"| {row['sequence']} | {row['kernel']} | {row['density']:.2f} | {mesh} | {row['ms_median']:.2f} | {one.ms:.2f} "
-            f"| {one.error:+.1%} | {'yes' if one.met else 'no'} |"
+            f"| {one.error:+.1%} | {'yes' if one.met else 'no'} | {_efficiencies(one, alone)} |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _same(one: Checked) -> tuple[Any, ...]:
+    """The layer, whatever the mesh."""
+    return one.row["sequence"], one.row["kernel"], one.row["density"]
+
+
+def _efficiencies(one: Checked, alone: dict[tuple[Any, ...], float]) -> str:
+    measured = one.row.get("parallel_efficiency")
+    if measured is None or _same(one) not in alone:
+        return "– | –"
+    return f"{measured:.2f} | {alone[_same(one)] / one.row['gpus'] / one.ms:.2f}"

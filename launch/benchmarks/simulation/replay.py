@@ -118,6 +118,12 @@ class Layer:
         found = alone.replay(mesh, Cluster(link, link))
         return found.ms / float(found.kernels.mean())
 
+    def barrier_imbalance(self, ring_degree: int) -> float:
+        """What ρ would be if all ranks of a ring waited for the slowest at every hop: tiles alone."""
+        work, ranks = self.tiles(ring_degree).sum(0), np.arange(ring_degree)
+        hops = [work[ranks, (ranks - hop) % ring_degree] for hop in range(ring_degree)]
+        return float(sum(hop.max() for hop in hops) / sum(hop.mean() for hop in hops))
+
     def tiles(self, ring_degree: int) -> Tiles:
         """`[H, R, R]`: of each head, query shard and key shard."""
         if ring_degree not in self._tiles:

@@ -1,0 +1,168 @@
+"""`benchmark simulate`: how masks are stretched, who waits for whom, how bytes take their way, and what is written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from launch.benchmarks.command import main
+from launch.benchmarks.results import read_results
+from launch.benchmarks.simulation.check import check
+from launch.benchmarks.simulation.costs import Costs, Link, fit, read_rows
+from launch.benchmarks.simulation.replay import Cluster, Layer, Mesh
+from launch.benchmarks.simulation.work import LayerSize, TileMap, ring_edges
+from sp_sparse.generate.recorded_masks import RecordedMasks
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ROOT / "docs/benchmarks/2026-11-25_h200x2_scaling"
+
+FREE = Link("free", float("inf"), 0.0, measured=False)
+# A tile takes a millisecond, and nothing else any time.
+COSTS = Costs(
+    tile_ns=1e6, row_ns=0.0, dense_tile_ns=2e6, means_gb_per_s=np.inf, pair_ns=0.0, memory_gb_per_s=np.inf, launch_us=0.0,
+    exchange_share=0.0, nvlink=FREE, multiprocessors=1,
+)  # fmt: skip
+AT_ONCE = Cluster(FREE, FREE)
+
+
+def _layer(mask: list[list[int]], heads: int = 1, costs: Costs = COSTS) -> Layer:
+    dense = np.array(mask, dtype=np.bool_)[None]
+    return Layer(LayerSize(len(mask) * 128, heads), costs, dense)
+
+
+def test_shards_at_recorded_blocks_hold_their_very_tiles() -> None:
+    mask = np.random.default_rng(0).random((3, 12, 12)) < 0.4
+    size = LayerSize(12 * 128 - 40, 6)
+    edges = ring_edges(size, 3)
+    assert edges == (0, 512, 1024, 1496)
+    # The last block is short: places are shares of the tokens, so the cut is near to the blocks' own.
+    whole = TileMap(mask, replace(size, tokens=12 * 128)).tiles((0, 512, 1024, 1536))
+    expected = mask.reshape(3, 3, 4, 3, 4).sum((2, 4))
+    np.testing.assert_allclose(whole, np.concatenate([expected, expected]), rtol=1e-12)  # heads are repeated
+    np.testing.assert_allclose(TileMap(mask, size).tiles(edges).sum((1, 2)), mask.sum((1, 2)).tolist() * 2)
+
+
+def test_a_recording_is_stretched_over_a_longer_sequence() -> None:
+    mask = np.eye(4, dtype=np.bool_)[None]
+    found = TileMap(mask, LayerSize(40 * 128, 1)).tiles((0, 10 * 128, 15 * 128, 40 * 128))
+    # A recorded block is 10 x 10 of the layer's; half of the second one's queries attend its keys in each half alike.
+    np.testing.assert_allclose(found[0], [[100, 0, 0], [0, 25, 25], [0, 25, 225]])
+
+
+def test_a_ring_waits_for_its_neighbours_and_one_that_runs_ahead_does_not() -> None:
+    """Rank 0 has all of its work in the first hop, the others theirs in the last."""
+    layer = _layer([[1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1], [1, 0, 0, 0]], heads=4)
+    waiting = layer.replay(Mesh(1, 4, "ring"), AT_ONCE)
+    np.testing.assert_allclose(waiting.kernels, 4.0)
+    # The exchange of the second hop waits for the attention of rank 0's first.
+    np.testing.assert_allclose(waiting.ends, [4.0, 8.0, 8.0, 8.0])
+    for exchange in ("ring_ahead", "all_gather"):
+        np.testing.assert_allclose(layer.replay(Mesh(1, 4, exchange), AT_ONCE).ends, 4.0)
+    assert layer.imbalance(Mesh(1, 4, "ring")) == pytest.approx(2.0)
+    assert layer.barrier_imbalance(4) == pytest.approx(2.0)
+    assert layer.imbalance(Mesh(1, 4, "ring_ahead")) == pytest.approx(1.0)
+
+
+def test_a_shard_is_attended_when_it_has_arrived() -> None:
+    """On a link of a millisecond an exchange: without work of their own, ranks wait for one hop after another."""
+    slow = Cluster(replace(FREE, latency_us=500.0), FREE)  # keys, then values
+    layer = _layer([[0, 1, 0], [0, 0, 1], [1, 0, 0]])  # all of it of the next rank's shard, which comes last
+    selected = 0.5  # means of keys are gathered
+    for exchange in ("ring", "ring_ahead"):
+        np.testing.assert_allclose(layer.replay(Mesh(1, 3, exchange), slow).ends, selected + 2.0 + 1.0)
+    np.testing.assert_allclose(layer.replay(Mesh(1, 3, "all_gather"), slow).ends, selected + 0.5 + 1.0)
+
+
+def test_heads_that_do_not_divide() -> None:
+    layer = _layer([[1, 1], [1, 1]], heads=5)
+    replay = layer.replay(Mesh(2), AT_ONCE)
+    np.testing.assert_allclose(replay.kernels, [12.0, 8.0])
+    assert layer.imbalance(Mesh(2)) == pytest.approx(1.2)
+    with pytest.raises(ValueError, match="5 heads cannot be split over 6 ranks"):
+        layer.replay(Mesh(6), AT_ONCE)
+
+
+def test_ulysses_hides_what_its_chunks_hide() -> None:
+    """Two chunks of one head: the first arrives and the last returns in sight, 3 tensors and 1."""
+    layer = _layer([[1, 1], [1, 1]], heads=4)
+    nbytes = layer.size.token_bytes(128, 1)
+    link = replace(FREE, gb_per_s=nbytes * 1e-6)  # a millisecond for a tensor of one head
+    replay = layer.replay(Mesh(2), Cluster(link, link))
+    np.testing.assert_allclose(replay.ends, 3.0 + 4.0 + 4.0 + 1.0)
+
+
+def test_links_within_and_between_nodes_carry_their_own() -> None:
+    near, far = replace(FREE, gb_per_s=100.0), replace(FREE, gb_per_s=10.0, latency_us=1000.0)
+    cluster = Cluster(near, far, node=2)
+    assert cluster.send_ms(0, {1: 1e9}) == pytest.approx(10.0)
+    assert cluster.send_ms(0, {1: 1e9, 2: 5e7, 3: 5e7}) == pytest.approx(11.0)
+    assert cluster.send_ms(1, {2: 1e9}, exchanges=2) == pytest.approx(102.0)
+
+
+def test_an_exchange_takes_from_the_attention_above_it() -> None:
+    costs = replace(COSTS, exchange_share=0.5)
+    assert costs.slowed_ms(10.0, 0.0, (4.0, 8.0)) == 12.0
+    assert costs.slowed_ms(10.0, 0.0, (10.0, 20.0)) == 10.0
+
+
+def test_rows_come_to_an_end_in_waves() -> None:
+    costs = replace(COSTS, multiprocessors=4)
+    assert costs.kernel_ms(8, 8) == 8.0
+    assert costs.kernel_ms(9, 9) == pytest.approx(12.0)
+
+
+def test_dense_attention_has_no_selection() -> None:
+    layer = Layer(LayerSize(256, 1), replace(COSTS, pair_ns=1e9), None)
+    np.testing.assert_allclose(layer.replay(Mesh(1, 2), AT_ONCE).ends, 4.0)
+
+
+def test_the_model_is_near_to_what_was_measured() -> None:
+    """All layers of 480p, most of which are of two GPUs, whose times the fit has not seen."""
+    costs = fit(read_rows(MEASURED))
+    found = check(read_results(sorted((MEASURED / "480p").glob("attention*.jsonl"))), costs)
+    assert len(found) == 15
+    assert [one.error for one in found if not one.met] == []
+    assert costs.nvlink.measured
+    assert not costs.link("pcie").measured
+
+
+def test_results_that_lack_a_part_are_refused() -> None:
+    rows = read_rows(MEASURED)
+    with pytest.raises(ValueError, match="0 timelines of two GPUs"):
+        fit([row for row in rows if row["what"] != "timeline"])
+    with pytest.raises(ValueError, match="holds no attention"):
+        read_rows(ROOT / "docs/benchmarks/2026-11-25_mini")
+
+
+def _recording(path: Path) -> Path:
+    mask = np.random.default_rng(0).random((1, 2, 16, 16)).argsort(-1) < 5
+    RecordedMasks(((0, 0, 0),), np.packbits(mask, axis=-1), (16, 16), 256, {}).save(path)
+    return path
+
+
+def test_the_command_writes_tables_pictures_and_every_number(tmp_path: Path) -> None:
+    flags = ["--masks", str(_recording(tmp_path / "masks.npz")), "--gpus", "1", "2", "8", "--sizes", "480p"]
+    assert main(["simulate", *flags, "--links", "nvlink", "pcie", "--output-dir", str(tmp_path / "out")]) == 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"check.md", "scaling.md", "balance.md", "simulated.jsonl", "simulated_32760.png"}
+    rows = [json.loads(line) for line in (tmp_path / "out/simulated.jsonl").read_text().splitlines()]
+    assert {row["link_assumed"] for row in rows if row["link"] == "nvlink"} == {False}
+    assert {row["link_assumed"] for row in rows if row["link"] == "pcie" and row["gpus"] > 1} == {True}
+    assert {(row["ulysses"], row["ring"]) for row in rows if row["auto"] and row["gpus"] == 8} == {(8, 1)}
+    # A ring of 8 would cut 16 recorded blocks too fine.
+    assert max(row["ring"] for row in rows) == 4
+    table = (tmp_path / "out/scaling.md").read_text()
+    assert "| 32760 | 0.31 | nvlink | 2 | U1×R2" in table
+    assert "U2×R1 5.97" in table  # as measured
+    assert "| pcie* | 8 |" in table
+
+
+def test_what_is_no_recording_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "masks.npz"
+    path.write_text("")
+    assert main(["simulate", "--masks", str(path), "--output-dir", str(tmp_path)]) == 2
+    assert "holds no recorded masks" in capsys.readouterr().err
