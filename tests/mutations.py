@@ -60,6 +60,35 @@ MUTATIONS = (
         'given.get("model", "tiny")',
         "generate",
     ),
+    # A mesh that chooses itself, and masks that are recorded
+    Mutation(
+        "a degree that a flag gives is chosen over",
+        "generate/auto_mesh.py",
+        "if fits and all(getattr(mesh, name) == degree for name, degree in situation.fixed):",
+        "if fits:",
+        "auto_mesh",
+    ),
+    Mutation(
+        "a long ring is preferred to Ulysses across nodes",
+        "generate/auto_mesh.py",
+        "        mesh.ring_degree <= _LONG_RING,\n",
+        "",
+        "auto_mesh",
+    ),
+    Mutation(
+        "a flag that gives a degree of 1 is not told from none",
+        "generate/arguments.py",
+        "sparse=sparse_config(given), given_degrees=given_degrees(given))",
+        "sparse=sparse_config(given))",
+        "auto_mesh",
+    ),
+    Mutation(
+        "the masks of ring ranks are put together as heads",
+        "generate/recorded_masks.py",
+        "for kept, _ in group]) for group in groups], axis=1)",
+        "for kept, _ in group], axis=1) for group in groups])",
+        "recorded_masks",
+    ),
     # What waits in the CPU's memory, and what is told where memory runs out
     Mutation(
         "the part before stays when the next one comes",
