@@ -13,6 +13,7 @@ import torch
 from sp_sparse.fidelity.arguments import parse_arguments as parse_fidelity
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
+from sp_sparse.generate.attach import check_ranks
 from sp_sparse.generate.auto_mesh import Situation, choose_mesh, with_mesh
 from sp_sparse.generate.models import find_model
 from sp_sparse.generate.ranks import Ranks
@@ -121,6 +122,15 @@ def test_flags_are_kept_to_and_heads_are_the_models() -> None:
     assert (chosen.cfg_parallel_degree, chosen.ulysses_degree, chosen.ring_degree) == (1, 8, 1)
     asked = parse_arguments([*SPARSE, "--ulysses-degree", "2"])
     assert with_mesh(asked, _ranks(8)) is asked
+
+
+def test_a_group_across_nodes_that_was_chosen_is_not_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    ranks = replace(_ranks(1, 1, 1, 1), rank=0)
+    chosen = with_mesh(parse_arguments([*SPARSE, "--mesh", "auto", "--guidance-scale", "1"]), ranks)
+    check_ranks(chosen, ranks)
+    told = capsys.readouterr().err
+    assert "4 ranks across nodes" in told
+    assert "crosses nodes" not in told
 
 
 def test_the_size_bounds_a_ring() -> None:

@@ -37,7 +37,7 @@ def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
         )
     check_names(arguments.sparse)
     crossing = crossing_group(arguments.ulysses_degree, ranks.nodes)
-    if crossing is not None:
+    if crossing is not None and arguments.mesh_reason is None:  # else --mesh auto has told why
         ranks.say(
             f"--ulysses-degree {arguments.ulysses_degree} crosses nodes: {ranks.name(crossing[0])} exchanges heads with "
             f"{ranks.name(crossing[-1])}, which is slower than within one; with a degree that divides the ranks of every "
