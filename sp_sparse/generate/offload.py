@@ -218,5 +218,6 @@ def _offload_blocks(name: str, module: Any, device: torch.device, compiled: bool
         # Without record_stream: a host that runs ahead of the device would bring all blocks before the first is done.
         use_stream=device.type == "cuda",
     )
-    beside = HookRegistry.check_if_exists_or_initialize(stack).get_hook("group_offloading").group
+    hook: Any = HookRegistry.check_if_exists_or_initialize(stack).get_hook("group_offloading")
+    beside = hook.group
     beside.modules, beside.parameters, beside.buffers = [], [], []  # these take turns
