@@ -66,7 +66,8 @@ def test_weights_have_the_types_that_loading_gives_them(size: RealSize) -> None:
 
 @pytest.mark.parametrize("size", [T2V_A14B, TI2V_5B], ids=["A14B", "TI2V-5B"])
 def test_weights_are_drawn_on_one_device_and_wait_on_another(size: RealSize, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, real = torch.device("cpu", 0), {}
+    drawn = torch.device("cpu", 0)
+    real: dict[str, Any] = {}
     drawers: list[str] = []
 
     def spy(name: str, *given: Any, **how: Any) -> Any:
