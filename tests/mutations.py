@@ -135,8 +135,29 @@ MUTATIONS = (
     Mutation(
         "the text encoder keeps all its blocks on the device",
         "generate/offload.py",
-        "module if name in _TRANSFORMERS else module.encoder,",
-        "module,",
+        "stack = module if name in _TRANSFORMERS else module.encoder",
+        "stack = module",
+        "offload",
+    ),
+    Mutation(
+        "the image encoder stays on the device while the VAE encodes",
+        "generate/offload.py",
+        "        if self.name == _IMAGE_ENCODER:\n            self.turns.end()",
+        "        if self.name == _IMAGE_ENCODER:\n            pass",
+        "offload",
+    ),
+    Mutation(
+        "what is beside the blocks is left to diffusers, too",
+        "generate/offload.py",
+        "    beside.modules, beside.parameters, beside.buffers = [], [], []",
+        "    beside",
+        "offload",
+    ),
+    Mutation(
+        "inputs go where a part waits",
+        "generate/offload.py",
+        "self.name, self.turns, self.execution_device = name, turns, device",
+        "self.name, self.turns, self.execution_device = name, turns, torch.empty(0, device=device).device",
         "offload",
     ),
     Mutation(

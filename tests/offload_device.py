@@ -68,22 +68,18 @@ def pretended_device(before_coming: Callable[[str], None] = lambda name: None) -
         return [*inner, *group.parameters, *group.buffers]
 
     def group_comes(group: Any) -> None:
-        if group.stream is not None:
-            if group not in there:  # on a CPU, diffusers takes a block for one that waits and brings it again
-                before_coming("block")
-                came["block"] += 1
-                there.add(group)
-        else:  # what is no block has no copies: diffusers moves what it finds
-            for tensor in of_group(group):
-                tensor.data = kept.pop(tensor, tensor.data)
+        if group.stream is None:
+            assert not of_group(group), "diffusers copies what is no block both ways, and not page-locked"
+        elif group not in there:  # on a CPU, diffusers takes a block for one that waits and brings it again
+            before_coming("block")
+            came["block"] += 1
+            there.add(group)
         to_device(group)
 
     def group_goes(group: Any) -> None:
         to_cpu(group)
         there.discard(group)
         for tensor in of_group(group):
-            if group.stream is None and tensor not in kept:
-                kept[tensor] = tensor.data
             tensor.data = _spoilt(tensor)
 
     def with_streams(module: Any, *, offload_type: str, use_stream: bool, **how: Any) -> None:
@@ -98,7 +94,6 @@ def pretended_device(before_coming: Callable[[str], None] = lambda name: None) -
         )
         group_offloading._apply_group_offloading(module, config)
 
-    kept: dict[Tensor, Tensor] = {}
     there: set[Any] = set()
     with ExitStack() as stack:
         for target, name, replacement in (

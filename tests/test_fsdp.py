@@ -211,11 +211,20 @@ def test_a_folder_with_lora_weights_gives_the_video_of_one_rank(tmp_path: Path) 
     assert relative_error(without, one) > 1e-2
 
 
-def test_random_weights_are_dealt_out_as_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("full", [False, True], ids=["transformers", "full"])
+def test_random_weights_are_dealt_out_as_they_are_drawn(
+    full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     narrow = {"num_attention_heads": 2, "attention_head_dim": 16, "text_dim": 32, "ffn_dim": 64}
-    size = replace(T2V_A14B, transformer={**T2V_A14B.transformer, **narrow})
+    text = {"vocab_size": 128, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
+    size = replace(
+        T2V_A14B,
+        transformer={**T2V_A14B.transformer, **narrow},
+        text_encoder={**T2V_A14B.text_encoder, **text},
+        vae={"base_dim": 4},
+    )
     monkeypatch.setattr(models, "T2V_A14B", size)
-    flags = ["--model", "a14b-random", "--layers", "3", *SMALL, *SPARSE]
+    flags = ["--model", "a14b-random", "--layers", "3", *["--full"] * full, *SMALL, *SPARSE]
 
     def named(name: str) -> list[str]:
         return ["--output", str(tmp_path / f"{name}.mp4"), "--output-latents", str(tmp_path / f"{name}.pt")]

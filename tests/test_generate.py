@@ -249,6 +249,12 @@ def test_lora_of_each_expert(tmp_path: Path) -> None:
         (["--cfg-parallel-degree", "2"], "--sparse-attn-backend none leaves off"),
         (["--verify", "single"], "choose a backend such as auto"),
         (["--output", "video.avi"], "must end in .mp4"),
+        (["--output-latents", "a.pt", "--output-frames", "./a.pt"], "one would overwrite the other; give two files"),
+        (
+            ["--prompt-file", "nowhere.txt"],
+            r"--prompt-file nowhere\.txt cannot be read \(No such file.*; give a text file",
+        ),
+        (["--prompt-file", str(ROOT)], r"cannot be read \(Is a directory\)"),
         (["--output", f"{__file__}/video.mp4"], "cannot be written .*choose another path"),
         (["--model", str(ROOT / "tests")], "has no model_index.json"),
         (["--model", "tiny", "--image", __file__], "makes videos from text alone"),
@@ -262,6 +268,12 @@ def test_refusals(
     monkeypatch.chdir(tmp_path)
     assert re.search(text, _error(capsys, *flags))
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_prompt_file_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "prompts.txt").write_bytes("ein Bär".encode("latin-1"))
+    told = _error(capsys, "--model", "tiny", "--prompt-file", str(tmp_path / "prompts.txt"))
+    assert "prompts.txt cannot be read (it is not UTF-8); give a text file in UTF-8" in told
 
 
 def test_unknown_key_in_the_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,7 +25,7 @@ from sp_sparse.generate.files import decoded_pixels
 from sp_sparse.generate.memory import NotEnoughMemoryError, is_out_of_memory
 from sp_sparse.generate.models import find_model, load_pipeline
 from sp_sparse.generate.offload import comings, offload
-from sp_sparse.generate.random_models import tiny_text_to_video
+from sp_sparse.generate.random_models import tiny_text_to_video, tiny_wan_2_1_image
 from sp_sparse.generate.stages import StepClock
 from sp_sparse.generate.start import Start
 from sp_sparse.generate.video import denoise, encode_prompt
@@ -53,25 +53,30 @@ def _report(folder: Path, name: str) -> dict[str, Any]:
     return report
 
 
-@pytest.mark.parametrize("model", ["tiny", "tiny-i2v", "tiny-ti2v"])
+@pytest.mark.parametrize("model", ["tiny", "tiny-i2v", "tiny-ti2v", "tiny-2.1-i2v", "tiny-vace"])
 def test_the_same_video_on_one_rank(model: str, tmp_path: Path) -> None:
     size = ["--height", "128", "--width", "128"] if model == "tiny-ti2v" else []
     flags = ["--model", model, *size]
     plain = _latents(tmp_path, "plain", *flags)
-    experts = ("transformer",) if model == "tiny-ti2v" else ("transformer", "transformer_2")
+    experts = ("transformer", "transformer_2") if model in ("tiny", "tiny-i2v") else ("transformer",)
+    images = ("image_encoder",) if model == "tiny-2.1-i2v" else ()
+    parts = dict.fromkeys(("text_encoder", *images, *experts), 1)
+    blocks = 3 + 2 if model == "tiny-vace" else 2
     with pretended_device() as came:
         assert torch.equal(_latents(tmp_path, "idle", *flags, "--offload", "idle"), plain)
-        assert came == {"text_encoder": 1, **dict.fromkeys(experts, 1)}
+        assert came == parts
         came.clear()
         assert torch.equal(_latents(tmp_path, "layers", *flags, "--offload", "layers"), plain)
-        # Two blocks each, at both branches of four steps; of the text encoder at two prompts.
-        assert came == {"block": 2 * 2 * 4 + 2 * 2}
+        # At both branches of four steps; of the text encoder two blocks at two prompts. What is beside them comes once.
+        assert came == {"block": blocks * 2 * 4 + 2 * 2, **parts}
     memory = {name: _report(tmp_path, name)["memory"] for name in ("plain", *KINDS)}
-    assert memory["idle"]["comings"] == {"text_encoder": 1, **dict.fromkeys(experts, 1)}
-    assert [(memory[name]["offload"], memory[name]["comings"] is None) for name in ("plain", "layers")] == [
-        ("none", True),
-        ("layers", True),
-    ]
+    assert {name: told["offload"] for name, told in memory.items()} == {
+        "plain": "none",
+        "idle": "idle",
+        "layers": "layers",
+    }
+    assert memory["plain"]["comings"] is None
+    assert memory["idle"]["comings"] == memory["layers"]["comings"] == parts
 
 
 def _rank_compares(rank: int, folder: str, flags: list[str]) -> None:
@@ -82,12 +87,11 @@ def _rank_compares(rank: int, folder: str, flags: list[str]) -> None:
             name = f"{kind}_{'_'.join(flags)}"
             places = ["--output", f"{folder}/{name}.mp4", "--output-latents", f"{folder}/{name}.pt"]
             assert main([*SMALL, *SPARSE, "--videos-per-prompt", "2", *flags, "--offload", kind, *places]) == 0
-        if kind == "idle":
-            assert came == {"text_encoder": 1, "transformer": 2, "transformer_2": 2}, "on each rank"
-        else:
-            # With guidance on two halves each of them makes one branch.
-            branches = 1 if "--cfg-parallel-degree" in flags else 2
-            assert came == {"block": 2 * 2 * 4 * branches + 2 * 2}
+        parts = {"text_encoder": 1, "transformer": 2, "transformer_2": 2}
+        # With guidance on two halves each of them makes one branch.
+        branches = 1 if "--cfg-parallel-degree" in flags else 2
+        blocks = {"block": 2 * 2 * 4 * branches + 2 * 2} if kind == "layers" else {}
+        assert came == {**parts, **blocks}, "on each rank"
         for number, latents in enumerate(wanted):
             if rank == 0:
                 got = torch.load(Path(folder, f"{name}_{number}.pt"), weights_only=True)
@@ -188,6 +192,39 @@ def test_of_all_parts_one_at_most_is_on_the_device(plain: Path) -> None:
     assert torch.isfinite(latents).all()
     at_work = [now for now, before in zip(seen, [[], *seen], strict=False) if now != before]
     assert at_work == [["text_encoder"], *(["transformer"], ["transformer_2"]) * 2], "one change a video, and back"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_image_encoder_is_gone_when_the_vae_encodes(kind: str) -> None:
+    arguments = parse_arguments([*SMALL, *SPARSE, "--model", "tiny-2.1-i2v", "--offload", kind])
+    cpu = torch.device("cpu")
+    model = find_model(arguments, cpu)
+    arguments = fill_defaults(arguments, model)
+    seen: list[bool] = []
+    with pretended_device() as came:
+        pipe = load_pipeline(arguments, model, cpu)
+        pipe.set_progress_bar_config(disable=True)
+        prompt = encode_prompt(pipe, arguments, PROMPT, cpu)
+        weights = [weight for part in (pipe.image_encoder, pipe.transformer) for weight in part.parameters()]
+        pipe.vae.encoder.register_forward_pre_hook(
+            lambda *_: seen.append(any(weight.isfinite().any() for weight in weights))
+        )
+        denoise(pipe, arguments, prompt, StepClock(cpu), Start.of(arguments, model))
+    assert came["image_encoder"] == 1
+    assert seen
+    assert not any(seen)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_go_where_a_part_computes_and_not_where_it_waits(kind: str) -> None:
+    from diffusers.utils.torch_utils import get_module_execution_device
+
+    device = torch.device("cpu", 0)
+    assert torch.empty(0, device=device).device != device, "weights that wait tell another device"
+    pipe = tiny_wan_2_1_image(torch.float32)
+    offload(pipe, parse_arguments([*SMALL, *SPARSE, "--offload", kind]), device)
+    for part in (pipe.text_encoder, pipe.image_encoder, pipe.transformer):
+        assert get_module_execution_device(part) == device
 
 
 def _lora(path: Path) -> str:

@@ -32,19 +32,22 @@ def _videos(kind: str, *flags: str) -> tuple[Any, list[Tensor]]:
     pipe.set_progress_bar_config(disable=True)
     prompt = encode_prompt(pipe, arguments, "a cat", cuda)
     attach(pipe, arguments.sparse, build_mesh(arguments), AttentionRecorder())
-    return pipe, [denoise(pipe, arguments, prompt, StepClock(cuda), Start()) for _ in range(2)]
+    start = Start.of(arguments, model)
+    return pipe, [denoise(pipe, arguments, prompt, StepClock(cuda), start) for _ in range(2)]
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("model", ["tiny", "tiny-2.1-i2v", "tiny-vace"])
 @pytest.mark.parametrize("kind", ["idle", "layers"])
-def test_weights_wait_page_locked_and_the_videos_are_the_same(kind: str) -> None:
-    _, plain = _videos("none")
-    pipe, latents = _videos(kind)
+def test_weights_wait_page_locked_and_the_videos_are_the_same(kind: str, model: str) -> None:
+    _, plain = _videos("none", "--model", model)
+    pipe, latents = _videos(kind, "--model", model)
     for made, wanted in zip(latents, plain, strict=True):
         torch.testing.assert_close(made, wanted, rtol=1e-4, atol=1e-4)
     assert latents[0].device == pipe.vae.device == pipe.device
-    for module in (*pipe.text_encoder.encoder.block, *pipe.transformer.blocks, *pipe.transformer_2.blocks):
-        for weight in module.parameters():
+    for name in ("text_encoder", "image_encoder", "transformer", "transformer_2"):
+        module = getattr(pipe, name, None)
+        for weight in () if module is None else (*module.parameters(), *module.buffers()):
             assert weight.device.type == "cpu"
             assert weight.is_pinned()
 

@@ -257,6 +257,12 @@ class GenerateArguments:
             value = getattr(self, name)
             if value is not None and Path(value).suffix != suffix:
                 raise ValueError(f"{flag_of(name)} {value} must end in {suffix}")
+        tensors = list(map(os.path.abspath, self.tensor_paths().values()))
+        if len(set(tensors)) < len(tensors):
+            raise ValueError(
+                f"--output-latents and --output-frames are both {self.output_latents}, and one would overwrite the other; "
+                "give two files"
+            )
 
     def _check_combinations(self) -> None:
         for name, given in (("layers", self.layers is not None), ("full", self.full)):

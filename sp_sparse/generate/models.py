@@ -64,7 +64,7 @@ class WanModel:
         takes_control: whether a video, a mask and reference images may control it: VACE.
         heads: of a layer's self-attention.
         token_pixels: side of a token, in pixels.
-        places_blocks: whether `load` brings the blocks to their place as it makes them.
+        places_blocks: whether `load` brings the blocks and the text encoder to their place as it makes them.
     """
 
     defaults: VideoDefaults
@@ -141,7 +141,7 @@ def _place(pipe: Any, model: WanModel, placement: Placement, home: torch.device)
     for part in pipe.components.values():
         if isinstance(part, torch.nn.Module) and part not in transformers and part is not pipe.text_encoder:
             part.to(home)
-    if pipe.text_encoder is not None:
+    if pipe.text_encoder is not None and not model.places_blocks:
         if home == placement.device:
             placement.place_text_encoder(pipe.text_encoder)
         else:
@@ -221,7 +221,7 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
 def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
     layers, dtype = arguments.layers or RANDOM_LAYERS, _large_dtype(device)
     if arguments.model == RANDOM_A14B:
-        load = partial(random_stand_in, T2V_A14B, layers, arguments.full, False)
+        load = partial(random_stand_in, T2V_A14B, layers, arguments.full, False, device)
         return WanModel(defaults.T2V_A14B, False, False, False, dtype, load, places_blocks=True)
     from_image = arguments.image is not None
     return WanModel(
@@ -230,7 +230,7 @@ def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
         may_take_image=True,
         draws_image=False,
         dtype=dtype,
-        load=partial(random_stand_in, TI2V_5B, layers, arguments.full, from_image),
+        load=partial(random_stand_in, TI2V_5B, layers, arguments.full, from_image, device),
         experts=TI2V_5B.experts,
         spatial_multiple=32,
         places_blocks=True,

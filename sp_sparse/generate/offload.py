@@ -1,10 +1,12 @@
 """Weights that wait in the CPU's memory for their turn: whole parts of a pipeline, or the blocks of its models.
 
-`idle`: of text encoder, first and second expert one at most is on the device, and between them none. A part comes with its
-forward, by which the one before it goes: within a video of two experts that is once, at the boundary between them. It
-goes by dropping what is on the device, since the CPU's memory has kept it.
+`idle`: of text encoder, image encoder, first and second expert one at most is on the device, and between them none. A part
+comes with its forward, by which the one before it goes: within a video of two experts that is once, at the boundary
+between them. It goes by dropping what is on the device, since the CPU's memory has kept it.
 
-`layers`: group offloading of diffusers. A block comes while the one before it computes, and goes when it has.
+`layers`: group offloading of diffusers. A block comes while the one before it computes, and goes when it has. What is beside
+the blocks takes turns as parts do: diffusers would copy it both ways, unpinned, at every forward. So does the image
+encoder, which is small and runs once a video.
 
 Which part computes is the pipeline's to say, alike on all ranks, so these move the same at the same step and exchange
 nothing. Parts come within the forward, where the others hear of a rank that fails.
@@ -13,7 +15,7 @@ nothing. Parts come within the forward, where the others hear of a rank that fai
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from math import prod
 from typing import Any
 
@@ -23,9 +25,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.integrations.diffusers.sharded import blocks_of
 
 _TRANSFORMERS = ("transformer", "transformer_2")
-_PARTS = ("text_encoder", *_TRANSFORMERS)
+_IMAGE_ENCODER = "image_encoder"
+_PARTS = ("text_encoder", _IMAGE_ENCODER, *_TRANSFORMERS)
 
 # torch rounds page-locked memory up to a power of two, by which a Wan transformer would take half as much again.
 _CHUNK_BYTES = 1 << 30
@@ -46,9 +50,12 @@ def offload(pipe: Any, arguments: GenerateArguments, device: torch.device) -> No
             module.to(device)
     turns = _Turns()
     for name, module in parts.items():
-        if arguments.offload == "idle":
-            add_hook_to_module(module, _Part(name, module, device, turns))
-        else:
+        by_blocks = arguments.offload == "layers" and name != _IMAGE_ENCODER
+        # By way of the device, so that quantised weights name it as theirs: only what they consist of moves from here on.
+        leaves = _leaves_beside(module, _blocks_of(name, module)) if by_blocks else _leaves(module.to(device))
+        # Before diffusers' hooks, which are outermost where they count themselves so.
+        add_hook_to_module(module, _Part(name, leaves, device, turns))
+        if by_blocks:
             _offload_blocks(name, module, device, arguments.compile)
 
 
@@ -97,13 +104,18 @@ class _Turns:
 
 
 class _Part(ModelHook):  # type: ignore[misc]  # accelerate has no types
-    """A part of a pipeline, whose weights come to the device with its forward."""
+    """A part of a pipeline, whose weights come to the device with its forward.
 
-    def __init__(self, name: str, module: nn.Module, device: torch.device, turns: _Turns) -> None:
+    Attributes:
+        name: in the pipeline.
+        turns: of all parts.
+        execution_device: where its inputs belong, also while it waits; diffusers asks for it by this name.
+    """
+
+    def __init__(self, name: str, leaves: Iterable[Tensor], device: torch.device, turns: _Turns) -> None:
         super().__init__()
-        self.name, self.turns, self._device = name, turns, device
-        # By way of the device, so that quantised weights name it as theirs: only what they consist of moves from here on.
-        self._leaves = list(_leaves(module.to(device)))
+        self.name, self.turns, self.execution_device = name, turns, device
+        self._leaves = list(leaves)
         self._homes = _copies(self._leaves, pinned=device.type == "cuda")
         self.leave()
 
@@ -111,11 +123,16 @@ class _Part(ModelHook):  # type: ignore[misc]  # accelerate has no types
         self.turns.take(self)
         return args, kwargs
 
+    def post_forward(self, module: nn.Module, output: Any) -> Any:
+        if self.name == _IMAGE_ENCODER:
+            self.turns.end()  # the VAE encodes next, and may need the room
+        return output
+
     def come(self) -> None:
         """To the device, or not at all. From page-locked memory the host does not wait for it."""
         try:
             for leaf, home in zip(self._leaves, self._homes, strict=True):
-                leaf.data = home.to(self._device, non_blocking=True)
+                leaf.data = home.to(self.execution_device, non_blocking=True)
         except BaseException:
             self.leave()
             raise
@@ -137,6 +154,16 @@ def _leaves(module: nn.Module) -> Iterator[Tensor]:
             yield tensor
 
 
+def _leaves_beside(module: nn.Module, blocks: Sequence[nn.Module]) -> list[Tensor]:
+    """As `_leaves`, without those of `blocks`."""
+    others = {id(tensor) for block in blocks for tensor in _leaves(block)}
+    return [tensor for tensor in _leaves(module) if id(tensor) not in others]
+
+
+def _blocks_of(name: str, module: Any) -> list[nn.Module]:
+    return blocks_of(module) if name in _TRANSFORMERS else list(module.encoder.block)
+
+
 @torch.no_grad()
 def _copies(tensors: Sequence[Tensor], pinned: bool) -> list[Tensor]:
     """Copies in the CPU's memory, packed into few allocations.
@@ -155,7 +182,7 @@ def _copies(tensors: Sequence[Tensor], pinned: bool) -> list[Tensor]:
                 place = torch.empty(room, dtype=torch.uint8, device="cpu", pin_memory=pinned)
             except RuntimeError as error:
                 raise RuntimeError(
-                    f"the CPU's memory has no room for {left / 1e9:.1f} GB of the weights that --offload idle lets wait "
+                    f"the CPU's memory has no room for {left / 1e9:.1f} GB of the weights that --offload lets wait "
                     f"there{' page-locked' * pinned}, on each rank; use fewer ranks on this machine, or --offload none"
                 ) from error
         copy = place[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
@@ -175,14 +202,15 @@ def _is_dense(tensor: Tensor) -> bool:
 
 
 def _offload_blocks(name: str, module: Any, device: torch.device, compiled: bool) -> None:
-    from diffusers.hooks import apply_group_offloading
+    from diffusers.hooks import HookRegistry, apply_group_offloading
 
     if compiled and name in _TRANSFORMERS:
-        for block in module.blocks:
+        for block in _blocks_of(name, module):
             # Within the hooks, which differ from block to block and would be compiled anew for each.
             block.forward = torch.compile(block.forward)
+    stack = module if name in _TRANSFORMERS else module.encoder
     apply_group_offloading(
-        module if name in _TRANSFORMERS else module.encoder,  # the stack of blocks
+        stack,
         onload_device=device,
         offload_device=torch.device("cpu"),
         offload_type="block_level",
@@ -190,3 +218,6 @@ def _offload_blocks(name: str, module: Any, device: torch.device, compiled: bool
         # Without record_stream: a host that runs ahead of the device would bring all blocks before the first is done.
         use_stream=device.type == "cuda",
     )
+    hook: Any = HookRegistry.check_if_exists_or_initialize(stack).get_hook("group_offloading")
+    beside = hook.group
+    beside.modules, beside.parameters, beside.buffers = [], [], []  # these take turns

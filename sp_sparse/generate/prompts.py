@@ -83,8 +83,7 @@ def wanted_videos(arguments: GenerateArguments) -> tuple[WantedVideo, ...]:
     """`videos_per_prompt` for each prompt, with seeds that count up from its own.
 
     Raises:
-        ValueError: a file without prompts, or a line that cannot be read; with the file and the line.
-        OSError: a file that cannot be read.
+        ValueError: a file that cannot be read or has no prompts, or such a line; with the file and the line.
     """
     found = []
     for place, line in _lines(arguments):
@@ -102,7 +101,14 @@ def _lines(arguments: GenerateArguments) -> list[tuple[str, dict[str, Any]]]:
     if arguments.prompt_file is None:
         return [("", {})]
     path = Path(arguments.prompt_file)
-    texts = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(
+            f"--prompt-file {path} cannot be read ({told}); give a text file in UTF-8, a prompt a line"
+        ) from error
+    texts = enumerate(text.splitlines(), start=1)
     lines = [(f"{path} line {number}", text.strip()) for number, text in texts if text.strip()]
     if not lines:
         raise ValueError(f"--prompt-file {path} has no prompt; write one a line")

@@ -119,33 +119,41 @@ def random_stand_in(
     layers: int,
     full: bool,
     from_image: bool,
+    drawn_on: torch.device,
     device: torch.device,
     dtype: torch.dtype,
     placement: Placement | None = None,
 ) -> Any:
-    """A model as wide as the published one, made on `device`, so that a job needs the memory and the time of a real one.
+    """A model as wide as the published one, so that a job needs the memory and the time of a real one.
 
-    Each block of the transformers is drawn alone, and brought to its place by `placement` if one is given.
+    The text encoder, then each block of the transformers is drawn alone, brought to its place by `placement` if given,
+    and moved to `device`. So weights are the same wherever they end, and what draws them never holds a whole expert besides.
 
     Args:
         layers: of each expert.
         full: with text encoder and VAE of real size; else with a VAE in miniature and no text encoder, to measure
             transformers alone.
         from_image: a pipeline whose video starts from an image; of TI2V.
+        drawn_on: where numbers are drawn: a GPU is many times as fast as a CPU, and draws others.
+        device: where the pipeline is to be.
         dtype: of the experts and the text encoder; the VAE is in float32, as the authors run it.
     """
     from diffusers import WanImageToVideoPipeline, WanPipeline
 
     parts: dict[str, Any] = {"scheduler": _scheduler(size.flow_shift), "tokenizer": None, "text_encoder": None}
-    place = device if placement is None else placement.device
-    for seed, name in enumerate(("transformer", "transformer_2")[: size.experts], start=1):
-        parts[name] = _by_blocks(layers, seed, place, dtype, placement, size.transformer)
     if full:
-        with torch.device(device):
+        with torch.device(drawn_on):
             parts |= {"tokenizer": _tokenizer(), "text_encoder": _text_encoder(dtype, size.text_encoder)}
-            parts["vae"] = _vae(**size.vae)
-    if not full:
+            parts["vae"] = _vae(**size.vae).to(device)
+        # First of all: nothing else is there yet while it is whole.
+        if placement is not None and device == placement.device:
+            placement.place_text_encoder(parts["text_encoder"])
+        else:
+            parts["text_encoder"].to(device)
+    else:
         parts["vae"] = _vae_48() if size.per_token else _vae_16()
+    for seed, name in enumerate(("transformer", "transformer_2")[: size.experts], start=1):
+        parts[name] = _by_blocks(layers, seed, drawn_on, device, dtype, placement, size.transformer)
     pipeline = WanImageToVideoPipeline if from_image else WanPipeline
     return pipeline(**parts, boundary_ratio=size.boundary_ratio, expand_timesteps=size.per_token)
 
@@ -156,7 +164,7 @@ def random_a14b(
     """Both A14B experts in full width but for what is `changed`, made on `device`, with a tiny VAE and no text encoder: for
     measuring."""
     size = replace(T2V_A14B, transformer={**T2V_A14B.transformer, **changed})
-    return random_stand_in(size, layers, False, False, device, dtype, placement)
+    return random_stand_in(size, layers, False, False, device, device, dtype, placement)
 
 
 def random_a14b_transformer(layers: int, device: torch.device, dtype: torch.dtype, **changed: Any) -> Any:
@@ -168,18 +176,21 @@ def random_a14b_transformer(layers: int, device: torch.device, dtype: torch.dtyp
 def _by_blocks(
     layers: int,
     seed: int,
+    drawn_on: torch.device,
     device: torch.device,
     dtype: torch.dtype,
     placement: Placement | None,
     config: dict[str, Any],
 ) -> Any:
-    with torch.device(device):
-        model = _transformer(seed, dtype, num_layers=0, **config)
+    with torch.device(drawn_on):
+        model = _transformer(seed, dtype, num_layers=0, **config).to(device)
     for layer in range(layers):
-        with torch.device(device):
+        with torch.device(drawn_on):
             block = _transformer(1000 * seed + layer, dtype, num_layers=1, **config).blocks[0]
         if placement is not None:
             placement.place_block(block, model)
+        if device != drawn_on:
+            block.to(device)
         model.blocks.append(block)
     model.register_to_config(num_layers=layers)
     return model
