@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata, VideoTokenLayout, VideoTokenSpan
 from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 
 from sp_sparse.integrations.vllm_omni import omni_attention, versions
 from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend, SparseAttentionImpl
 from sp_sparse.parallel.agreement import RefusedError
 from tests.ranks import run_ranks
-from tests.vllm_omni.wan import Job, Mesh, built
+from tests.vllm_omni.wan import Job, Mesh, built, has_ulysses_allgather
 
 GRID = (4, 6, 9)
 HOOKED = "_run_ring_attention"
@@ -65,6 +66,12 @@ def test_construction(mesh: Mesh, job: Job, message: str) -> None:
 def test_a_ring_of_padded_tokens_is_refused_by_vllm_omni() -> None:
     message = r"Sequence length \(75\) is not divisible by SP world size \(2\)"
     run_ranks(2, _build, Mesh(ring=2), Job((3, 5, 5)), message, 3)
+
+
+@pytest.mark.skipif(has_ulysses_allgather(), reason="this vllm-omni composes them: test_meshes")
+def test_all_gathered_keys_within_ulysses_are_refused_by_vllm_omni_0_30() -> None:
+    with pytest.raises((AssertionError, ValueError), match="mutually exclusive with Ulysses/Ring"):
+        DiffusionParallelConfig(ulysses_degree=2, allgather_degree=2)
 
 
 def test_heads_that_do_not_divide_are_refused_by_vllm_omni_without_its_flag() -> None:
