@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.metadata import version
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+from torch.torch_version import TorchVersion
 
 pytest.importorskip("diffusers")
 
@@ -152,6 +154,8 @@ def test_a_transformer_whose_loop_tells_no_step_needs_its_pipeline(change: dict[
         run(pipe)
     with enable_sparse_attention(pipe.transformer, CONFIG):
         run(pipe)
+    if TorchVersion(version("diffusers")) < "0.42":
+        return  # no loop tells it there
     text_to_video = tiny_pipeline("t2v")
     with enable_sparse_attention(text_to_video.transformer, replace(CONFIG, **change)):
         run(text_to_video)  # this loop tells it

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from importlib.metadata import PackageNotFoundError
 from typing import Any
 from unittest import mock
 
@@ -12,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor
 from vllm_omni.diffusion.attention.backends.abstract import AttentionMetadata, VideoTokenLayout, VideoTokenSpan
 from vllm_omni.diffusion.attention.layer import Attention
+from vllm_omni.diffusion.data import DiffusionParallelConfig
 
-from sp_sparse.integrations.vllm_omni import omni_attention, registration
+from sp_sparse.integrations.vllm_omni import omni_attention, versions
 from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend, SparseAttentionImpl
 from sp_sparse.parallel.agreement import RefusedError
 from tests.ranks import run_ranks
-from tests.vllm_omni.wan import Job, Mesh, built
+from tests.vllm_omni.wan import Job, Mesh, built, has_ulysses_allgather
 
 GRID = (4, 6, 9)
 HOOKED = "_run_ring_attention"
@@ -65,6 +68,12 @@ def test_a_ring_of_padded_tokens_is_refused_by_vllm_omni() -> None:
     run_ranks(2, _build, Mesh(ring=2), Job((3, 5, 5)), message, 3)
 
 
+@pytest.mark.skipif(has_ulysses_allgather(), reason="this vllm-omni composes them: test_meshes")
+def test_all_gathered_keys_within_ulysses_are_refused_by_vllm_omni_0_30() -> None:
+    with pytest.raises((AssertionError, ValueError), match="mutually exclusive with Ulysses/Ring"):
+        DiffusionParallelConfig(ulysses_degree=2, allgather_degree=2)
+
+
 def test_heads_that_do_not_divide_are_refused_by_vllm_omni_without_its_flag() -> None:
     run_ranks(3, _build, Mesh(ulysses=3), Job(GRID), "ulysses_mode='advanced_uaa'", 3)
 
@@ -89,7 +98,7 @@ def _not_there() -> Any:
     return mock.patch.object(Attention, HOOKED, None)
 
 
-def _uncalled(self: Any, *_: Any) -> None:
+def _uncalled(self: Any, query: Any, key: Any, value: Any, attn_metadata: Any) -> None:
     """Another version's."""
 
 
@@ -101,8 +110,8 @@ def _not_called() -> Any:
     ("spoil", "message"),
     [
         (_hook_that_does_not_hold, "hook on Attention._run_ring_attention is not in place.*runs dense"),
-        (_other_parameters, r"cannot be reached.*'window'\], expected \['self'"),
-        (_not_there, "cannot be reached: .* has parameters None"),
+        (_other_parameters, r"Attention._run_ring_attention has parameters .*'window'\], expected \['self'"),
+        (_not_there, "Attention._run_ring_attention has parameters None"),
         (_not_called, "cannot be reached.*not called by _forward_impl"),
     ],
 )
@@ -121,8 +130,20 @@ def _check_passed_over(rank: int) -> None:
             layer.local(shard, shard, shard, *GRID)
 
 
+def _check_not_gathered(rank: int) -> None:
+    with built(Mesh(allgather=2), Job(GRID)) as (transformer, _):
+        layer = transformer.sparse_layers()[0]
+        shard = torch.randn(1, 108, 4, 32)
+        message = (
+            r"108 queries and 108 keys .* under all-gather-KV 2, where it expects 108 queries and 216 gathered keys"
+        )
+        with pytest.raises(ValueError, match=message):
+            layer.local(shard, shard, shard, *GRID)
+
+
 def test_a_shard_is_never_taken_for_the_sequence() -> None:
     run_ranks(2, _check_passed_over)
+    run_ranks(2, _check_not_gathered)
 
 
 def _check_hook_leaves_others_alone(rank: int) -> None:
@@ -205,13 +226,58 @@ def _implementation(**changed: Any) -> SparseAttentionImpl:
     return SparseAttentionImpl(**{**layer, "qkv_layout": "BSND", "role": "self", **changed})
 
 
-def test_another_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registration, "version", lambda name: "0.31.0")
-    message = r"vllm-omni 0\.31\.0 is installed, but SP_SPARSE knows vllm-omni 0\.30\.\*; pip install"
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        ({"vllm-omni": "0.31.0rc1"}, r"vllm-omni 0\.31\.0rc1 is installed, but SP_SPARSE knows"),
+        ({"vllm-omni": "0.33.0"}, r"vllm-omni 0\.33\.0 is installed, but SP_SPARSE knows"),
+        ({"vllm-omni": "0.3.0"}, r"vllm-omni 0\.3\.0 is installed, but SP_SPARSE knows"),
+        (
+            {"vllm-omni": "0.30.1", "vllm": "0.32.0"},
+            r"0\.30\.1 is installed with vllm 0\.32\.0, but goes with vllm 0\.30\.\*",
+        ),
+        ({"vllm-omni": "0.32.0rc1", "vllm": None}, r"0\.32\.0rc1 is installed without vllm"),
+        ({"vllm-omni": None}, "vllm-omni is not installed"),
+    ],
+    ids=str,
+)
+def test_another_version(found: dict[str, str | None], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "version", partial(_version, found))
+    message += (
+        r'.* vllm-omni 0\.30\.\* and 0\.32\.\*; pip install "sp-sparse\[vllm\]" for 0\.30 or .*\[vllm-rc\]" for 0\.32$'
+    )
     with pytest.raises(RuntimeError, match=message):
         SparseAttentionBackend.validate_available()
     with pytest.raises(RuntimeError, match=message):
         _implementation()
+
+
+def _version(found: dict[str, str | None], name: str) -> str:
+    if found[name] is None:
+        raise PackageNotFoundError(name)
+    return str(found[name])
+
+
+def test_the_series_that_are_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    for series in versions.SUPPORTED:
+        for found in (f"{series}.0", f"{series}.1", f"{series}.0rc1"):
+            monkeypatch.setattr(versions, "version", lambda name, found=found: found)
+            assert versions.wrong_version() is None
+
+
+def _other_signature(*_: Any, window: int = 0) -> None:
+    """Another version's."""
+
+
+@pytest.mark.parametrize(("module", "name"), versions._EXPECTED, ids=lambda name: name.rpartition(".")[2])
+def test_a_part_that_has_changed_fails_at_construction(module: str, name: str) -> None:
+    _implementation()
+    owner, _, last = name.rpartition(".")
+    target = f"{module}.{owner}" if owner else module
+    for other, said in ((_other_signature, r"\['_', 'window'\]"), (None, "None")):
+        message = rf"{name} has parameters {said}, expected \[.*install an unchanged vllm-omni 0\.30 or 0\.32"
+        with mock.patch(f"{target}.{last}", other), pytest.raises(RuntimeError, match=message):
+            _implementation()
 
 
 def _check_apart(rank: int, mesh: Mesh, block_sparse: dict[str, Any]) -> None:

@@ -15,7 +15,7 @@ from vllm_omni.diffusion.attention.backends.registry import DiffusionAttentionBa
 from vllm_omni.diffusion.attention.selector import get_attn_backend_for_role
 from vllm_omni.plugins import OMNI_DEFAULT_PLUGINS_GROUP, load_omni_general_plugins, load_omni_plugins_by_group
 
-from sp_sparse.integrations.vllm_omni import registration
+from sp_sparse.integrations.vllm_omni import registration, versions
 from sp_sparse.integrations.vllm_omni.backend import SparseAttentionBackend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +62,7 @@ def test_unknown_fields_are_refused() -> None:
 def test_an_unknown_version_is_no_error_until_chosen(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(registration, "version", lambda name: "0.40.0")
+    monkeypatch.setattr(versions, "version", lambda name: "0.40.0")
     monkeypatch.delattr(data, "BLOCK_SPARSE_BACKENDS")
     with caplog.at_level(logging.WARNING, "sp_sparse"):
         registration.register()

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,11 @@ SHAPE: dict[str, Any] = {
     "num_layers": 2,
     "rope_max_seq_len": 64,
 }
+
+
+def has_ulysses_allgather() -> bool:
+    """Whether vllm-omni composes Ulysses with all-gathered keys, which 0.30 refuses."""
+    return not version("vllm-omni").startswith("0.30.")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ imported from here, and no method of vllm-omni replaced, until a configuration a
 
 from __future__ import annotations
 
-from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME, SUPPORTED, register
+from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME, register
+from sp_sparse.integrations.vllm_omni.versions import SUPPORTED
 
 __all__ = ["BACKEND_NAME", "SUPPORTED", "register"]

@@ -9,7 +9,8 @@ from vllm_omni.diffusion.attention.backends.abstract import AttentionBackend, At
 
 from sp_sparse.integrations.opaque import OpaqueCall
 from sp_sparse.integrations.vllm_omni.context import video_grid
-from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME, check_version
+from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME
+from sp_sparse.integrations.vllm_omni.versions import check_interface, check_version
 
 
 class SparseAttentionBackend(AttentionBackend):
@@ -57,10 +58,11 @@ class SparseAttentionImpl(AttentionImpl):
         """Called by vllm-omni's attention layer. A collective call of role `self` where a sequence is shared by ranks.
 
         Raises:
-            RuntimeError: an unknown vllm-omni, or one in which the ring cannot be reached.
+            RuntimeError: an unknown vllm-omni, one whose inner parts have changed, or in which the ring cannot be reached.
             ValueError: settings, or a layer, that cannot be served.
         """
         check_version()
+        check_interface()
         # Only now: another version may lack what they import.
         from sp_sparse.integrations.vllm_omni.omni_attention import DenseAttention
         from sp_sparse.integrations.vllm_omni.self_attention import SparseSelfAttention

@@ -119,6 +119,20 @@ class OmniMesh:
         """Length of a sequence of `tokens` after vllm-omni has padded its end."""
         return math.ceil(tokens / self.ranks) * self.ranks
 
+    def expected(self, tokens: int) -> str:
+        """What an attention call on a video of `tokens` brings on this mesh, and what may be amiss if it does not."""
+        padded = self.padded(tokens)
+        if self.place == "ring":
+            return (
+                "the ring's own method is called: the hook on it was passed over, or the model attends other tokens too"
+            )
+        if self.place == "allgather":
+            return (
+                f"it expects {padded // self.allgather_degree} queries and {padded} gathered keys: the model shards them "
+                "otherwise, or attends other tokens too"
+            )
+        return f"it expects {padded} of each: the model shards them otherwise, or attends other tokens too"
+
     def groups(self, place: Place) -> SequenceParallelMesh:
         """The ranks that share the queries of a call, the same object for every layer. vllm-omni has built its groups."""
         if place == "local":
@@ -152,4 +166,5 @@ class OmniMesh:
         """The cut of `tokens` over those ranks: vllm-omni's, equal shares with padding at the end."""
         if place == "local":
             return SequenceShards((tokens,))
+        # Ulysses has put its ranks' shares together, under a ring as under all-gather-KV.
         return SequenceShards.equal(tokens, self.ranks).grouped(self.ulysses_degree)

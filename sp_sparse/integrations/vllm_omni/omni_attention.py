@@ -7,7 +7,7 @@ implementation: it chooses a kernel by the backend's name, and for a name that i
 from __future__ import annotations
 
 import functools
-import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -25,7 +25,6 @@ from sp_sparse.integrations.vllm_omni.registration import BACKEND_NAME
 _OURS = "sp_sparse_ring"
 _HOOKED = "_run_ring_attention"
 _CALLER = "_forward_impl"
-_PARAMETERS = ["self", "query", "key", "value", "attn_metadata"]
 _MARK = "sp_sparse_ring_hook"
 
 
@@ -76,20 +75,20 @@ class DenseAttention:
 def require_ring_hook() -> None:
     """Make vllm-omni's rings call `sp_sparse_ring` of layers whose implementation has it; others run as before.
 
+    The method's parameters have been checked (`versions.check_interface`).
+
     Raises:
-        RuntimeError: the method is not there, takes other arguments, is not called, or the hook did not take hold.
+        RuntimeError: the method is not called, or the hook did not take hold.
     """
-    original = getattr(Attention, _HOOKED, None)
+    original = getattr(Attention, _HOOKED)
     if not getattr(original, _MARK, False):
-        found = None if original is None else list(inspect.signature(original).parameters)
-        called = _HOOKED in getattr(getattr(Attention, _CALLER, None), "__code__", _NoCode).co_names
-        if found != _PARAMETERS or not called:
+        if _HOOKED not in getattr(getattr(Attention, _CALLER), "__code__", _NoCode).co_names:
             raise RuntimeError(
-                f"vllm-omni's ring cannot be reached: Attention.{_HOOKED} has parameters {found}, expected {_PARAMETERS}, "
-                f"{'' if called else 'not '}called by {_CALLER}; use ring_degree=1, or the vllm-omni that sp_sparse supports"
+                f"vllm-omni's ring cannot be reached: Attention.{_HOOKED} is not called by {_CALLER}; use ring_degree=1, or "
+                "a vllm-omni that sp_sparse supports"
             )
         _place(original)
-    if not getattr(getattr(Attention, _HOOKED, None), _MARK, False):
+    if not getattr(getattr(Attention, _HOOKED), _MARK, False):
         raise RuntimeError(
             f"sp_sparse's hook on Attention.{_HOOKED} is not in place, and without it a ring runs dense; use ring_degree=1"
         )
@@ -99,9 +98,7 @@ class _NoCode:
     co_names: tuple[str, ...] = ()
 
 
-def _place(original: object) -> None:
-    assert callable(original)
-
+def _place(original: Callable[..., Tensor]) -> None:
     @functools.wraps(original)
     def run(
         self: Attention, query: Tensor, key: Tensor, value: Tensor, attn_metadata: AttentionMetadata | None

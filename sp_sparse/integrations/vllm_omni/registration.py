@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from importlib.metadata import PackageNotFoundError, version
+
+from sp_sparse.integrations.vllm_omni.versions import wrong_version
 
 logger = logging.getLogger(__name__)
 
 BACKEND_NAME = "SP_SPARSE"
 BACKEND_PATH = "sp_sparse.integrations.vllm_omni.backend.SparseAttentionBackend"
-
-# Versions that begin so: 0.30.0, 0.30.1, …
-SUPPORTED = "0.30"
 
 
 def register() -> None:
@@ -41,29 +39,6 @@ def register_for_command_line() -> None:
     """
     if "vllm_omni.entrypoints.cli.serve" in sys.modules:
         register()
-
-
-def wrong_version() -> str | None:
-    """What is wrong with the installed vllm-omni, and what was expected; None if nothing is."""
-    expected = f'SP_SPARSE knows vllm-omni {SUPPORTED}.*; pip install "sp-sparse[vllm]"'
-    try:
-        found = version("vllm-omni")
-    except PackageNotFoundError:
-        return f"vllm-omni is not installed; {expected}"
-    if not f"{found}.".startswith(f"{SUPPORTED}."):
-        return f"vllm-omni {found} is installed, but {expected}"
-    return None
-
-
-def check_version() -> None:
-    """Refuse a version that is not known.
-
-    Raises:
-        RuntimeError: with the version found and those expected.
-    """
-    wrong = wrong_version()
-    if wrong is not None:
-        raise RuntimeError(wrong)
 
 
 def _register() -> None:

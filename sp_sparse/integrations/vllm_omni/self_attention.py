@@ -77,15 +77,14 @@ class SparseSelfAttention:
         """Attention over a video of `grid` where this rank holds every token of some heads, or its queries and all keys."""
         call = self._call(query, grid)
         tokens, padded = call.grid.num_tokens, self.mesh.padded(call.grid.num_tokens)
-        gathered = self.mesh.allgather_degree > 1 and (query.shape[1], key.shape[1]) == (
-            padded // self.mesh.ranks,
+        gathered = self.mesh.place == "allgather" and (query.shape[1], key.shape[1]) == (
+            padded // self.mesh.allgather_degree,
             padded,
         )
         if not gathered and (query.shape[1] not in (tokens, padded) or key.shape[1] != query.shape[1]):
             raise ValueError(
                 f"SP_SPARSE was called with {query.shape[1]} queries and {key.shape[1]} keys of a video of {tokens} tokens "
-                f"{call.grid.shape} under {self.mesh}: its hook on the ring was passed over, or the model attends other "
-                "tokens too; choose another attention backend"
+                f"{call.grid.shape} under {self.mesh}, where {self.mesh.expected(tokens)}: choose another attention backend"
             )
         # Views without what vllm-omni padded, which is never attended.
         q, k, v = query if gathered else query[:, :tokens], key[:, :tokens], value[:, :tokens]
