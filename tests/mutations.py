@@ -625,15 +625,15 @@ MUTATIONS = (
     Mutation(
         "hop direction (rank + hop)",
         "parallel/ring.py",
-        "(rank - hop) % ranks, (rank - hop - 1) % ranks",
-        "(rank + hop) % ranks, (rank + hop + 1) % ranks",
+        "owner = (rank - hop) % ranks",
+        "owner = (rank + hop) % ranks",
         "ring",
     ),
     Mutation(
         "hop direction, seen by the whole layer only",
         "parallel/ring.py",
-        "(rank - hop) % ranks, (rank - hop - 1) % ranks",
-        "(rank + hop) % ranks, (rank + hop + 1) % ranks",
+        "owner = (rank - hop) % ranks",
+        "owner = (rank + hop) % ranks",
         "mesh_invariant",
     ),
     Mutation(
@@ -643,8 +643,14 @@ MUTATIONS = (
         "sent[(rank - 1) % ranks]",
         "ring",
     ),
-    Mutation("ring: missing wait", "parallel/ring.py", "        pending.join()", "        pass", "ring"),
-    Mutation("ring: one receive buffer", "parallel/ring.py", "spare[hop % 2]", "spare[0]", "ring"),
+    Mutation("ring: missing wait", "parallel/ring.py", "flying[hop - 1].join()", "pass", "ring"),
+    Mutation("ring: one receive buffer", "parallel/ring.py", "spare[exchange % buffers, :,", "spare[0, :,", "ring"),
+    Mutation("ring: a buffer is filled while attended", "parallel/ring.py", "max(hop - 1, 0)", "hop", "ring"),
+    Mutation("ring: exchanges wait for attention", "parallel/ring.py", "max(hop - 1, 0) + buffers", "hop + 1", "ring"),
+    Mutation("ring: as many buffers as shards", "parallel/ring.py", "max(3, ranks // 2)", "ranks", "ring"),
+    Mutation(
+        "ring: left with shards arriving", "parallel/ring.py", "            pending.join()", "            pass", "ring"
+    ),
     Mutation(
         "ring: merges in bf16",
         "parallel/merge.py",

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 
 from sp_sparse import SequenceParallelMesh, SparseAttention, SparseAttentionConfig, VideoGrid
 from sp_sparse.config import KV_EXCHANGES
 from sp_sparse.kernels.registry import load_kernel
+from sp_sparse.parallel.ring import ring_hops
+from sp_sparse.parallel.streams import SideStream
+from tests.ranks import world_group
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -44,6 +50,39 @@ def test_two_gpus_equal_one_at_720p() -> None:
 @pytest.mark.multigpu
 def test_two_gpus_equal_one_with_odd_sizes() -> None:
     _check("--grids", "21x30x52", "7x19x23", "--heads", "7", "--head-dim", "64", "--block-size", "64")
+
+
+def _check_delayed_ring(rank: int, ranks: int, store: str) -> None:
+    """Random delays before exchanges and while shards are attended; memory that buffers come from is poisoned."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    dist.init_process_group("nccl", init_method=f"file://{store}", rank=rank, world_size=ranks, device_id=device)
+    delays, side = random.Random(rank), SideStream(device)
+    tokens = [1024 + 128 * (i % 3) for i in range(ranks)]
+    key, value = (torch.full((1, tokens[rank], 8, 128), rank + part, device=device) for part in (0.25, 0.5))
+    wrong = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(20):
+        poison = torch.full((ranks, 2, max(tokens) * 8 * 128), float("nan"), device=device)
+        del poison
+        with side.run():
+            torch.cuda._sleep(delays.randrange(20_000_000))
+        for owner, k, v in ring_hops(key, value, tokens, world_group(), side):
+            torch.cuda._sleep(delays.randrange(20_000_000))
+            wrong += (k != owner + 0.25).sum() + (v != owner + 0.5).sum()
+        # Takes the buffers' memory while exchanges that were not waited for would still write to it.
+        reused = torch.full((ranks, 2, max(tokens) * 8 * 128), -1.0, device=device)
+        torch.cuda._sleep(1_000_000)
+        wrong += (reused != -1).sum()
+        del reused
+    assert wrong.item() == 0
+    dist.destroy_process_group()
+
+
+@pytest.mark.multigpu
+def test_ring_waits_for_shards_and_buffers(tmp_path: Path) -> None:
+    """On all GPUs: with more than three, buffers are filled anew while others are attended."""
+    ranks = torch.cuda.device_count()
+    mp.spawn(_check_delayed_ring, (ranks, str(tmp_path / "store")), nprocs=ranks)
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """All-gathered keys and values: a rank attends its queries over the shards of all ring ranks at once.
 
 Either the ranks gather them here: own shard first, while the others arrive, then those in one call. Against the ring that
-holds the keys and values of the whole sequence instead of two shards of them, and calls the kernel twice and merges once,
+holds the keys and values of the whole sequence instead of about half of them, and calls the kernel twice and merges once,
 however many ranks there are. Or the caller has gathered them before the call.
 """
 

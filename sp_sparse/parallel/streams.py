@@ -42,6 +42,8 @@ class SideStream:
             yield pending
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
-        with torch.cuda.stream(self._stream):
-            yield pending
-        pending.done = self._stream.record_event()
+        try:
+            with torch.cuda.stream(self._stream):
+                yield pending
+        finally:  # what was queued before a failure is at work all the same
+            pending.done = self._stream.record_event()
