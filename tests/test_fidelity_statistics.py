@@ -176,6 +176,13 @@ def test_summary_by_hand() -> None:
     )
 
 
+def test_equal_quality_is_over_the_videos_that_both_have() -> None:
+    """As after a run that was stopped: the easier of two prompts alone says nothing against both."""
+    lines = [x for x in _lines() if x["prompt"] == "b" or x["setting"]["remainder"] == "drop"]
+    equal = summarize(lines, LISTS.baseline(None)).equal_quality()
+    assert [(e.psnr, e.needed) for e in equal] == [(21.0, (0.0, 0.1)), (25.0, pytest.approx((0.2, 0.2)))]
+
+
 @pytest.mark.parametrize("floor", [28.0, 100.0, None])
 def test_a_plot_shows_all_of_its_curves(floor: float | None) -> None:
     line = {**_lines()[0], "kind": "floor", "setting": None, "density": 1.0, "psnr": floor}

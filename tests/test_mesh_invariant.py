@@ -78,6 +78,12 @@ CASES = {
         4,
         1,
     ),
+    "linear-rest-of-subblock": (
+        replace(BASE, remainder="linear", selector="subblock", topk=0.15),
+        VideoGrid(5, 7, 9),
+        5,
+        1,
+    ),
     "one-block-each": (replace(BASE, topk=0.001, block_size=(16, 32)), VideoGrid(4, 9, 9), 4, 1),
 }
 

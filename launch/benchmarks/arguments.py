@@ -151,7 +151,17 @@ class PlotArguments:
     scaling: bool
 
 
-def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
+@dataclass(frozen=True)
+class QualityArguments:
+    """`benchmark quality`."""
+
+    fidelity: tuple[Path, ...]
+    speed: tuple[Path, ...]
+    document: Path
+    output_dir: Path
+
+
+def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments | QualityArguments:
     """Read the flags of a subcommand.
 
     Raises:
@@ -187,7 +197,16 @@ def parse_arguments(argv: Sequence[str]) -> RunArguments | PlotArguments:
         plot.add_argument("results", nargs="+", type=Path, help="JSON lines of `attention` and `transformer`")
         plot.add_argument("--output-dir", type=Path, required=True)
         plot.set_defaults(scaling=name == "scaling")
+    quality = commands.add_parser("quality", help="tables and pictures of quality beside speed, for docs/quality.md")
+    quality.add_argument("fidelity", nargs="+", type=Path, help="what sp_sparse.fidelity wrote, as .jsonl or .jsonl.gz")
+    quality.add_argument(
+        "--speed", nargs="+", type=Path, required=True, help="JSON lines with and without --remainders"
+    )
+    quality.add_argument("--document", type=Path, default=Path("docs/quality.md"), help="whose tables are renewed")
+    quality.add_argument("--output-dir", type=Path, default=Path("docs/quality"), help="of the pictures")
     given = vars(parser.parse_args(argv))
+    if given["command"] == "quality":
+        return filled(QualityArguments, given)
     if "scaling" in given:
         return filled(PlotArguments, given)
     given["densities"] = sorted(set(given["densities"]), reverse=True)

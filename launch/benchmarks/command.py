@@ -11,6 +11,7 @@ import torch
 from launch.benchmarks.arguments import (
     AttentionArguments,
     PlotArguments,
+    QualityArguments,
     RunArguments,
     TimelineArguments,
     TransformerArguments,
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse_arguments(given)
         if isinstance(arguments, PlotArguments):
             return _plot(arguments)
+        if isinstance(arguments, QualityArguments):
+            return _quality(arguments)
     except USER_ERRORS as error:
         return refuse_arguments(error)
     return _run(arguments)
@@ -90,5 +93,13 @@ def _plot(arguments: PlotArguments) -> int:
 
     action = report_scaling if arguments.scaling else draw
     for path in action(arguments.results, arguments.output_dir):
+        print(path)
+    return 0
+
+
+def _quality(arguments: QualityArguments) -> int:
+    from launch.benchmarks.quality import write_quality
+
+    for path in write_quality(arguments.fidelity, arguments.speed, arguments.document, arguments.output_dir):
         print(path)
     return 0

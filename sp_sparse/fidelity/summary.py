@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
 from typing import Any
@@ -27,6 +27,7 @@ class Row:
         seconds: of denoising, the median.
         means: by metric; None where it was not measured.
         gains: by metric, over the baseline's twin at the same prompts and seeds; None without one, or for the twin itself.
+        values: by metric, of every video.
         videos: how many.
     """
 
@@ -38,6 +39,7 @@ class Row:
     seconds: float
     means: Mapping[str, Estimate | None]
     gains: Mapping[str, Estimate | None]
+    values: Mapping[str, Values]
     videos: int
 
     def mean(self, metric: str) -> float:
@@ -52,12 +54,14 @@ class EqualQuality:
 
     Attributes:
         variant: in words.
-        density, psnr: of the baseline's twin, as measured.
+        of: its setting, without density.
+        density, psnr: of the baseline's twin, as measured, over the prompts and seeds that it shares with the variant.
         needed: lowest and highest density between which the one lies that gives this PSNR: equal where it was interpolated,
             0 and the variant's lowest where that is better already, its highest and 1 where that is not good enough.
     """
 
     variant: str
+    of: Setting
     density: float
     psnr: float
     needed: tuple[float, float]
@@ -91,21 +95,23 @@ class Summary:
         return {names[variant]: rows for variant, rows in found.items()}
 
     def equal_quality(self) -> list[EqualQuality]:
-        """What each variant needs for the mean PSNR of the baseline's twin, at each of its densities."""
+        """What each variant needs for the mean PSNR of the baseline's twin, at each of its densities.
+
+        Over the videos that all of them have: those of a run that was stopped are easier or harder than the others.
+        """
         found = []
         by_setting = {row.setting: row for row in self.settings}
         for name, rows in self.variants().items():
-            curve = [(row.density, row.mean("psnr")) for row in rows]
             for row in rows:
                 assert row.setting is not None
                 twin = by_setting.get(self.baseline.twin(row.setting))
-                if (
-                    twin is not None
-                    and twin is not row
-                    and twin.density < 1.0
-                    and math.isfinite(psnr := twin.mean("psnr"))
-                ):
-                    found.append(EqualQuality(name, twin.density, psnr, density_for(psnr, curve)))
+                if twin is None or twin is row or twin.density >= 1.0:
+                    continue
+                shared = set.intersection(*(set(one.values["psnr"]) for one in (twin, *rows)))
+                if shared and math.isfinite(psnr := _mean(twin, shared)):
+                    curve = [(one.density, _mean(one, shared)) for one in rows]
+                    needed = density_for(psnr, curve)
+                    found.append(EqualQuality(name, row.setting.variant, twin.density, psnr, needed))
         return found
 
     @property
@@ -140,10 +146,16 @@ def summarize(lines: Sequence[Mapping[str, Any]], baseline: Baseline) -> Summary
                 seconds=median(line["seconds"] for line in groups[key]),
                 means={metric: estimate(found) for metric, found in values[key].items()},
                 gains={metric: estimate(paired(values[key][metric], against.get(metric, {}))) for metric in METRICS},
+                values=values[key],
                 videos=len(groups[key]),
             )
         )
     return Summary(tuple(rows), baseline, len({line["prompt"] for line in lines}))
+
+
+def _mean(row: Row, places: Collection[tuple[str, int]]) -> float:
+    """PSNR over some videos."""
+    return fmean(row.values["psnr"][place] for place in places)
 
 
 def _in_order(settings: Sequence[Setting]) -> list[Setting]:

@@ -75,7 +75,7 @@ def equal_quality_table(summary: Summary) -> Table:
     ]
     note = (
         f"The density from which on each variant has at least the mean PSNR of the one with {summary.baseline_told}, "
-        "interpolated between the densities that were measured."
+        "over the videos that both have, interpolated between the densities that were measured."
     )
     return Table("Density for equal quality", note, ("variant", "baseline's density", "PSNR dB", "needs"), tuple(rows))
 
