@@ -21,7 +21,7 @@ _UNEVEN = ((75600, 40, (3, 6, 7)), (27280, 24, (5, 7)))
 
 
 def scaling_table(found: Sequence[Simulated], checked: Sequence[Checked]) -> str:
-    """A line for each size, density, link and number of GPUs: what auto picks, today's ring alone, and the best."""
+    """A line for each size, density, link and number of GPUs: what auto picks, the waiting ring alone, and the best."""
     lines = [
         "One call of the layer. m: modelled, on recorded masks; M: measured, on random inputs of nearly the same density.",
         "A star: a link with its nominal bandwidth, which was not measured. Of auto the best exchange on its degrees, for a",
