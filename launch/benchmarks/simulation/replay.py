@@ -322,7 +322,7 @@ class _Hops(_Attending):
             if ahead:
                 arrived = ahead[min(hop, len(ahead) - 1)]
             elif hop < hops[-1]:
-                # As the code had it before exchanges ran ahead, one waits for the attention that comes before it in the loop.
+                # As the code was before exchanges ran ahead: one waits for the attention before it in the loop.
                 queued = _with_neighbours(beginning)
                 arrived = queued + self._hop_ms(hop, shard)
                 window = queued, arrived
