@@ -5,9 +5,9 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from sp_sparse.generate.fits import check_frames, check_guidance, check_negative_prompt, check_side, size_for_picture
 from sp_sparse.serve.answers import ApiError, invalid
@@ -76,6 +76,14 @@ class VideoRequest(BaseModel):
         None, description="Density over layers and steps."
     )
     user: str | None = Field(None, max_length=1000, description="Taken for compatibility and not used.")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        """Refuse true and false, of which pydantic would make the numbers 1 and 0."""
+        if isinstance(value, bool):
+            raise ValueError("true and false are no values of it; give a number or text, or leave it out")
+        return value
 
     def image_url(self) -> str | None:
         """The address of the first frame, under whichever name it came.
