@@ -65,6 +65,10 @@ def _check_scales(sources_name: str, sources: tuple[str, ...], name: str, scales
             )
 
 
+# Of the mesh; `--mesh auto` gives way to those that flags give.
+DEGREES = ("ulysses_degree", "ring_degree", "cfg_parallel_degree")
+
+
 @dataclass(frozen=True)
 class GenerateArguments:
     """Each field is a flag: `num_frames` is `--num-frames`. None means "as the model wants it".
@@ -369,7 +373,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
 
 def given_degrees(given: dict[str, Any]) -> tuple[str, ...]:
     """The degrees of the mesh among the flags that were given."""
-    return tuple(name for name in ("ulysses_degree", "ring_degree", "cfg_parallel_degree") if name in given)
+    return tuple(name for name in DEGREES if name in given)
 
 
 def sparse_config(given: dict[str, Any]) -> SparseAttentionConfig:

@@ -10,7 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from sp_sparse.generate.arguments import GenerateArguments
+from sp_sparse.flags import flag_of
+from sp_sparse.generate.arguments import DEGREES, GenerateArguments
 from sp_sparse.generate.asked import fill_defaults
 from sp_sparse.generate.models import WanModel, find_model
 from sp_sparse.generate.ranks import Ranks
@@ -49,6 +50,11 @@ class Situation:
     def ranks(self) -> int:
         return len(self.nodes)
 
+    @property
+    def flags(self) -> list[str]:
+        """Those that give degrees, as they are written."""
+        return [f"{flag_of(name)} {degree}" for name, degree in self.fixed]
+
 
 @dataclass(frozen=True)
 class MeshChoice:
@@ -64,10 +70,6 @@ class MeshChoice:
             f"--cfg-parallel-degree {self.cfg_parallel_degree} --ulysses-degree {self.ulysses_degree} "
             f"--ring-degree {self.ring_degree}"
         )
-
-
-# The flags that `--mesh auto` gives way to.
-DEGREES = ("ulysses_degree", "ring_degree", "cfg_parallel_degree")
 
 
 def choose_mesh(situation: Situation) -> MeshChoice:
@@ -145,14 +147,12 @@ def _reason(mesh: MeshChoice, situation: Situation) -> str:
         if mesh.ring_degree > 1:
             told.append(f"a ring of {mesh.ring_degree} shares the rest (modelled, not measured)")
     if situation.fixed:
-        told.append(
-            "flags gave " + ", ".join(f"--{name.replace('_', '-')} {degree}" for name, degree in situation.fixed)
-        )
+        told.append(f"flags gave {', '.join(situation.flags)}")
     return "; ".join(told)
 
 
 def _refusal(situation: Situation) -> str:
-    fixed = " ".join(f"--{name.replace('_', '-')} {degree}" for name, degree in situation.fixed)
+    fixed = " ".join(situation.flags)
     limits = [f"{situation.heads} heads allow Ulysses up to {situation.heads}"]
     limits.append(
         f"{situation.blocks} token blocks allow a ring up to {situation.blocks}"
