@@ -424,6 +424,17 @@ def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "fidelity.jsonl:1 cannot be read ('setting'); remove this line" in _error(capsys, *_flags(tmp_path))
 
 
+def test_a_remainder_that_the_kernel_cannot_merge_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_pipeline", lambda *_: pytest.fail("weights are read"))
+    flags = ["--sparse-attn-backend", "tests.test_remainder:NoLse", "--remainders", "drop,linear"]
+    told = _error(capsys, *_flags(tmp_path, *flags))
+    assert "'tests.test_remainder:NoLse' returns no LSE, which remainder='linear' needs to be merged; use fa4" in told
+    assert told.endswith("or remainder='drop'")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
