@@ -217,8 +217,8 @@ class GenerateArguments:
     )
     offload: str = option(
         "none",
-        "what waits in the CPU's memory: nothing; idle: text encoder and experts while they are not at work; layers: all "
-        "blocks of them but those at work",
+        "what waits in the CPU's memory: nothing; idle: text encoder, image encoder (Wan 2.1) and experts while they are not "
+        "at work; layers: the image encoder likewise, and all blocks of the others but those at work",
         choices=("none", "idle", "layers"),
     )
     timeout_s: float = option(
