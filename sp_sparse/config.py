@@ -55,7 +55,13 @@ def _table(text: str) -> tuple[tuple[float, ...], ...]:
 def _rows(rows: Any) -> tuple[tuple[float, ...], ...]:
     if rows and not isinstance(rows[0], (list, tuple)):
         rows = [rows]
-    return tuple(tuple(float(entry) for entry in row) for row in rows)
+    return tuple(tuple(map(_density, row)) for row in rows)
+
+
+def _density(entry: Any) -> float:
+    if isinstance(entry, bool):
+        raise ValueError(f"{entry} in a schedule table is not a number; give densities in (0, 1]")
+    return float(entry)
 
 
 @dataclass(frozen=True)

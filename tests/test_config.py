@@ -119,6 +119,12 @@ def test_contradictions_of_presets(more: tuple[str, ...], match: str) -> None:
         _parse("--sparse-attn-preset", "fast", *more)
 
 
+def test_a_truth_value_is_no_density() -> None:
+    for values in ({"topk": True}, {"schedule": "table", "schedule_table": [1, True]}):
+        with pytest.raises(ValueError, match=r"True .*is not a .*number; give"):
+            SparseAttentionConfig.from_mapping(values)
+
+
 def test_unknown_preset() -> None:
     with pytest.raises(ValueError, match="preset='slow' is not known; use one of quality, balanced, fast"):
         SparseAttentionConfig.from_mapping({"preset": "slow"})

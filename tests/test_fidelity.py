@@ -446,7 +446,7 @@ def test_a_remainder_that_the_kernel_cannot_merge_is_refused_before_anything_is_
         (["--remainders", "drop,guess"], "remainder='guess' is not known; use one of drop, mean, linear"),
         (["--orders", "raster,spiral"], "token_order='spiral' is not known; use one of raster, tile, hilbert"),
         (["--densities", "0.1,0"], "topk 0.0 is outside (0, 1]"),
-        (["--densities", "much"], "--densities: invalid"),
+        (["--densities", "much"], "--densities: 'much' cannot be read"),
         (["--block-sizes", "4"], "block_size (4, 4): each of (query, key) must be in [8, 256]"),
         (["--dense-steps", "2"], "--dense-steps 2 leaves none of 2 steps sparse; use fewer"),
         (["--seeds", "0"], "--seeds 0 is below 1"),

@@ -217,8 +217,8 @@ class GenerateArguments:
     )
     offload: str = option(
         "none",
-        "what waits in the CPU's memory: nothing; idle: text encoder, image encoder (Wan 2.1) and experts while they are not "
-        "at work; layers: the image encoder likewise, and all blocks of the others but those at work",
+        "what waits in the CPU's memory: nothing; idle: text encoder, image encoder (Wan 2.1) and experts while they are "
+        "not at work; layers: the image encoder likewise, and all blocks of the others but those at work",
         choices=("none", "idle", "layers"),
     )
     timeout_s: float = option(
@@ -357,8 +357,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
     """From the command line, over a `--config` file, over the defaults.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that is refused.
-        OSError: a configuration file that cannot be read.
+        ValueError: an unknown flag or key, a value that is refused, or a configuration file that cannot be read.
     """
     given, configured = parse_flags(
         "generate", __doc__, {"": GenerateArguments, FLAG_PREFIX: SparseAttentionConfig}, argv
