@@ -1187,7 +1187,7 @@ MUTATIONS = (
     Mutation(
         "kernel without LSE taken for ring",
         "attention.py",
-        "if mesh.ring_degree > 1:\n        check",
+        "if ring_degree > 1:\n        check",
         "if False:\n        check",
         "registry",
     ),

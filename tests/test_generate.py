@@ -23,6 +23,7 @@ from sp_sparse.fidelity.arguments import FidelityArguments
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
 from sp_sparse.generate.asked import fill_defaults
+from sp_sparse.generate.files import whole_file
 from sp_sparse.generate.mini import mini_folder
 from sp_sparse.generate.models import find_model
 from sp_sparse.generate.prompts import wanted_videos
@@ -256,6 +257,9 @@ def test_lora_of_each_expert(tmp_path: Path) -> None:
         ),
         (["--prompt-file", str(ROOT)], r"cannot be read \(Is a directory\)"),
         (["--output", f"{__file__}/video.mp4"], "cannot be written .*choose another path"),
+        (["--sparse-attn-backend", "os:getcwd"], "'os:getcwd' is no class with missing, __call__; give package"),
+        (["--model", ""], "--model is empty; give mini, another name of --help, a folder, or a hub id"),
+        (["--lora", __file__], "cannot be read .it is no file of weights.; give LoRA weights"),
         (["--model", str(ROOT / "tests")], "has no model_index.json"),
         (["--model", "tiny", "--image", __file__], "makes videos from text alone"),
         (["--lora-2", "x", "--model", "tiny-ti2v"], "which tiny-ti2v has not"),
@@ -267,6 +271,19 @@ def test_refusals(
     monkeypatch.chdir(tmp_path)
     assert re.search(text, _error(capsys, *flags))
     assert not list(tmp_path.rglob("*.mp4"))
+
+
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "zero.mp4"
+    link.symlink_to("/dev/zero")
+    told = _error(capsys, "--model", "tiny", "--output", str(link))
+    assert "zero.mp4 cannot be written (it is no regular file); choose another path" in told
+    with (
+        pytest.raises(OSError, match=r"zero.mp4 is no regular file; choose another path"),
+        whole_file(link) as temporary,
+    ):
+        temporary.touch()
+    assert link.is_char_device()
 
 
 def test_a_prompt_file_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -71,7 +71,7 @@ def _report(arguments: FidelityArguments, store: ResultStore, prompts: tuple[str
 
 
 def _prompts(base: GenerateArguments) -> tuple[str, ...]:
-    found = (video.arguments.prompt for video in wanted_videos(base))
+    found = (video.arguments.prompt for video in wanted_videos(base, "--prompts"))
     return tuple(dict.fromkeys(prompt for prompt in found if prompt is not None))  # a line always has one
 
 

@@ -269,6 +269,8 @@ class GenerateArguments:
             )
 
     def _check_combinations(self) -> None:
+        if not self.model:
+            raise ValueError(f"--model is empty; give {MINI}, another name of --help, a folder, or a hub id")
         for name, given in (("layers", self.layers is not None), ("full", self.full)):
             if given and self.model not in STAND_INS:
                 told = f"--layers {self.layers}" if name == "layers" else "--full"
