@@ -93,7 +93,9 @@ class SparseAttention:
         self.num_heads, self.head_dim = num_heads, head_dim
         self.layer, self.expert = layer, expert
         self.selector = (
-            _on_all_ranks(lambda: _load(config, mesh), mesh.groups) if like is None else load_selector(config)
+            load_selector(config)
+            if like is not None
+            else _on_all_ranks(lambda: load_names(config, mesh.ring_degree), mesh.groups)
         )
         self._schedule = config.schedule_for(expert)
         self._check_calls = check_calls
@@ -307,9 +309,14 @@ class SparseAttention:
             )
 
 
-def _load(config: SparseAttentionConfig, mesh: SequenceParallelMesh) -> Selector:
-    """The selector, once the kernel has been found to load."""
-    if mesh.ring_degree > 1:
+def load_names(config: SparseAttentionConfig, ring_degree: int) -> Selector:
+    """The selector that a configuration names, once its kernel was found to load and to give what the ring and the
+    remainder need.
+
+    Raises:
+        ValueError: a name that stands for nothing here, or a kernel without the LSE that is needed.
+    """
+    if ring_degree > 1:
         check_returns_lse(config.backend, "ring parallelism needs to merge its hops", "ring_degree=1")
     elif config.remainder != "drop":
         check_returns_lse(config.backend, f"remainder={config.remainder!r} needs to be merged", "remainder='drop'")

@@ -173,8 +173,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> FidelityArguments:
     """From the command line, over a `--config` file, over the defaults.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that is refused.
-        OSError: a configuration file that cannot be read.
+        ValueError: an unknown flag or key, a value that is refused, or a configuration file that cannot be read.
     """
     given, configured = parse_flags("fidelity", __doc__, {"": FidelityArguments}, argv)
     given = configured | given

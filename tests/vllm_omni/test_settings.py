@@ -49,6 +49,7 @@ def test_schedules() -> None:
         ({}, {"schedule_2": "constant"}, "second expert.*leave it out"),
         ({}, {"schedule": "conservative"}, "schedule 'conservative' needs the number of denoising steps.*num_steps"),
         ({"end_step": 2}, {}, "block_sparse.end_step=2 needs the number of denoising steps.*num_steps"),
+        ({}, {"num_steps": True}, "num_steps=True is not a number; give the denoising steps of a request"),
         ({}, {"num_steps": 0}, "num_steps=0; give the denoising steps of a request"),
         ({"precision": "fp8"}, {}, "precision='fp8': SP_SPARSE computes in the model's dtype"),
         ({"sparsity": 1.0}, {}, "sparsity=1.0 would leave out every block"),

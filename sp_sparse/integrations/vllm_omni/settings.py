@@ -71,6 +71,8 @@ class Settings:
             )
         rest = _rest(additional)
         num_steps = rest.pop("num_steps", None)
+        if isinstance(num_steps, bool):
+            raise ValueError(f"{KEY}.num_steps={num_steps} is not a number; give the denoising steps of a request")
         # A preset brings a density and a schedule, unless they are given.
         own = {} if "preset" in rest else {"backend": "auto", "schedule": "constant"}
         if "preset" not in rest or "sparsity" in (block_sparse or {}):
