@@ -1953,7 +1953,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a share of a disk is never full",
-        "serve/disk.py",
+        "generate/files.py",
         "errno.ENOSPC, errno.EDQUOT",
         "errno.ENOSPC,",
         "serving/disk",
