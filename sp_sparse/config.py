@@ -14,7 +14,7 @@ from sp_sparse.flags import add_flags, check_numbers, flag_of, option
 from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
-KV_EXCHANGES = ("ring", "all_gather")
+KV_EXCHANGES = ("auto", "ring", "all_gather")
 REMAINDERS = ("drop", "mean", "linear")
 
 # Settings by name. Each is as if its values were given; what is given beside it goes before.
@@ -106,8 +106,9 @@ class SparseAttentionConfig:
     )
     token_order: str = option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
     kv_exchange: str = option(
-        "ring",
-        "how ring ranks come by the others' keys and values: one shard a hop, or all at once",
+        "auto",
+        "how ring ranks come by the others' keys and values: one shard a hop (ring), all at once (all_gather), or as the "
+        "ranks, their nodes and the memory have it (auto)",
         choices=KV_EXCHANGES,
     )
 

@@ -1097,6 +1097,20 @@ MUTATIONS = (
         "mesh_invariant",
     ),
     Mutation(
+        "the exchange is chosen by a rank's own memory",
+        "parallel/kv_exchange.py",
+        "min(memories) if len(memories) == len(told) else None",
+        "_memory(device)",
+        "kv_exchange",
+    ),
+    Mutation(
+        "the exchange is chosen by a rank's own heads",
+        "parallel/auto_kv.py",
+        "max(self.heads(self.num_heads))",
+        "like.shape[2]",
+        "kv_exchange",
+    ),
+    Mutation(
         "gathered keys: missing wait",
         "parallel/all_gather_kv.py",
         "        work.wait()",

@@ -95,6 +95,7 @@ def _check_line(line: dict[str, Any]) -> None:
             "setting",
             "finite",
             "calls",
+            "kv_exchange",
             "mesh",
             "batch",
             "model",
@@ -109,6 +110,7 @@ def _check_line(line: dict[str, Any]) -> None:
     assert (line["ssim"] is None) == (line["kind"] == "dense")
     assert line["finite"]
     assert 0 <= line["caption"] <= 1
+    assert line["kv_exchange"] == []
     assert line["mesh"] == {"ulysses": 1, "ring": 1, "cfg": 1}
     assert {"python", "torch", "sp_sparse", "diffusers", "torchmetrics"} <= set(line["versions"])
     assert (line["setting"] is None) == (line["kind"] != "sparse")

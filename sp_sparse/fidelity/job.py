@@ -85,7 +85,7 @@ def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArgument
     """Refuse what can be refused before weights are read; the arguments with the model's own values for what is open."""
     base = with_mesh(arguments.base(), ranks)
     for setting in arguments.settings:
-        check_names(setting.config(arguments.sparse_attn_backend))
+        check_names(arguments.config(setting))
     caption_check = None if arguments.caption_check is None else load_caption_check(arguments.caption_check)
     model = checked_model(base, ranks)
     base = checked_video(base, model)

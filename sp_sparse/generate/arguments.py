@@ -304,7 +304,7 @@ class GenerateArguments:
         is_open = self.mesh == "auto"  # the degrees are checked when they have been chosen
         if (
             self.sparse.backend != "none"
-            and self.sparse.kv_exchange != "ring"
+            and self.sparse.kv_exchange == "all_gather"
             and self.ring_degree == 1
             and not is_open
         ):
