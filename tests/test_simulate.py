@@ -159,6 +159,30 @@ def test_a_shard_is_attended_when_it_has_arrived() -> None:
     np.testing.assert_allclose(layer.replay(Mesh(1, 3, "all_gather"), slow).ends, selected + 0.5 + 1.0)
 
 
+def test_pruned_keys_send_what_masks_choose() -> None:
+    """Of the other shard's two blocks rank 0 attends one with head 0 and none with head 1, and rank 1 both with both."""
+    first = [[1, 0, 1, 0], [1, 1, 1, 0], [1, 0, 0, 1], [0, 1, 1, 1]]
+    second = [[1, 0, 0, 0], [0, 1, 0, 0], [1, 1, 1, 0], [0, 0, 0, 1]]
+    layer = Layer(LayerSize(512, 2), COSTS, np.array([first, second], dtype=np.bool_))
+    np.testing.assert_allclose(layer.needed(2), [[[1.0, 0.5], [1.0, 1.0]], [[1.0, 0.0], [1.0, 1.0]]])
+    mesh = Mesh(1, 2, "pruned")
+    link = replace(FREE, gb_per_s=layer.size.token_bytes(256, 2) * 1e-6)  # a millisecond for a shard's keys, or values
+    means_ms = 1 / 128  # of keys, gathered before
+    # Five tiles each of their own shards, which take longer than the exchange, then two and four.
+    np.testing.assert_allclose(layer.replay(mesh, Cluster(link, link)).ends, [means_ms + 7.0, means_ms + 9.0])
+    # What rank 1 receives takes 20 ms; of what rank 0 does, a quarter, it would have been 5.
+    slow = replace(link, gb_per_s=link.gb_per_s / 10)
+    np.testing.assert_allclose(
+        layer.replay(mesh, Cluster(slow, slow)).ends, 10 * means_ms + 20.0 + np.array([2.0, 4.0])
+    )
+    alone = Layer(
+        layer.size, COSTS, np.array([[[1, 0, 1, 0], [1, 1, 1, 0], [0, 0, 0, 1], [0, 0, 1, 1]]], dtype=np.bool_)
+    )
+    np.testing.assert_allclose(alone.replay(mesh, Cluster(slow, slow)).ends[0], 10 * means_ms + 10.0 + 4.0)
+    with pytest.raises(ValueError, match="dense attention chooses every key block"):
+        Layer(layer.size, COSTS, None).replay(mesh, AT_ONCE)
+
+
 def test_heads_that_do_not_divide() -> None:
     layer = _layer([[1, 1], [1, 1]], heads=5)
     replay = layer.replay(Mesh(2), AT_ONCE)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from launch.prototypes import traffic
+from launch.prototypes import pruned_model, traffic
 from launch.prototypes.pruned_keys import Aside, PrunedKVStrategy, pruned_keys
 from launch.prototypes.traffic import (
     EXCHANGES,
@@ -189,6 +189,20 @@ def test_the_recorded_mask_is_the_median_one() -> None:
         masks[number, 0, 0, 4 : 4 + count] = True
     recorded = RecordedMasks(tuple((0, n, 0) for n in range(3)), np.packbits(masks, axis=-1), (16, 16), 128, {})
     assert median_place(recorded, 2).sum() == 2
+
+
+def test_the_model_of_it_prints_a_line_a_ring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    masks = band_mask(2, 64, 8).numpy()[None, 0]
+    recorded = RecordedMasks(((0, 0, 0),), np.packbits(masks, axis=-1), (16, 16), 1024, {})
+    recorded.save(tmp_path / "band.npz")
+    assert pruned_model.main(["--masks", str(tmp_path / "band.npz"), "--tokens", "32768", "--rings", "2", "4"]) == 0
+    head, _, *lines = capsys.readouterr().out.splitlines()
+    assert "slow, 15 GB/s" in head
+    # Of the others' 32 blocks a shard of two needs 4 or 3 at its edge, one of four 4 + 3 of 48 where it has two edges.
+    assert [line.split(" | ")[3] for line in lines] == ["11%, 11% to 11%", "11%, 11% to 11%"]
+    for line in lines:
+        ring, _, pruned, _ = map(float, line.rstrip(" |").split(" | ")[-1].split(" · "))
+        assert pruned < ring
 
 
 def _check_delayed(rank: int, ranks: int, store: str) -> None:

@@ -20,6 +20,7 @@ from sp_sparse.parallel.ring import ring_buffers
 from sp_sparse.parallel.shards import SequenceShards, split_evenly
 
 # How ring ranks come by keys and values: a shard a hop, as far ahead of attention as there is room; all shards at once.
+# A mesh may name "pruned" as well, which the library has not: as the latter, but only blocks that masks choose are sent.
 EXCHANGES = ("ring", "all_gather")
 
 Times = NDArray[Any]  # float64
@@ -30,7 +31,7 @@ class Mesh:
     """Ranks that share one sequence; `rank = ring_rank * ulysses + ulysses_rank`.
 
     Attributes:
-        exchange: one of EXCHANGES.
+        exchange: one of EXCHANGES, or "pruned".
         buffers: shards of others that a rank of a ring holds at most; None: as many as the code's.
     """
 
@@ -143,6 +144,16 @@ class Layer:
                 self._tiles[ring_degree] = self._map.tiles(edges)
         return self._tiles[ring_degree]
 
+    def needed(self, ring_degree: int) -> Tiles:
+        """`[H, R, R]`: of each head, query shard and key shard, the share of the keys that are attended at all.
+
+        Raises:
+            ValueError: dense attention.
+        """
+        if self._map is None:
+            raise ValueError("dense attention chooses every key block, so none can be pruned; use another exchange")
+        return self._map.needed(ring_edges(self.size, ring_degree))
+
     @property
     def dense(self) -> bool:
         return self._map is None
@@ -249,13 +260,15 @@ class _Ring:
                 # Key means are gathered over the ring, which no rank leaves before the last has come.
                 selected = np.full(mesh.ring, selected.max() + self._gather_means_ms(heads))
             work = tiles[firsts[u] : firsts[u + 1]].sum(0)
-            ends[u], kernels[u] = self._attending(heads, work, u).run(
+            ends[u], kernels[u] = self._attending(slice(firsts[u], firsts[u + 1]), work, u).run(
                 selected, size.token_bytes(1, heads) * self._tokens, heads * size.head_dim * self._tokens
             )
         return Replay((ends.max(0) + after).repeat(mesh.ulysses), kernels.T.ravel())
 
-    def _attending(self, heads: int, work: Tiles, ulysses_rank: int) -> _AllGather | _Hops:
-        mesh, rows, send_ms = self._mesh, self._rows * heads, self._sender(ulysses_rank)
+    def _attending(self, heads: slice, work: Tiles, ulysses_rank: int) -> _AllGather | _Hops:
+        mesh, rows, send_ms = self._mesh, self._rows * (heads.stop - heads.start), self._sender(ulysses_rank)
+        if mesh.exchange == "pruned":
+            return _Pruned(self._layer, rows, work, send_ms, self._layer.needed(mesh.ring)[heads].mean(0))
         if mesh.exchange == "all_gather":
             return _AllGather(self._layer, rows, work, send_ms)
         return _Hops(self._layer, rows, work, send_ms, mesh.buffers or ring_buffers(mesh.ring))
@@ -366,10 +379,8 @@ class _Hops(_Attending):
 class _AllGather(_Attending):
     def run(self, start: Times, shard: Times, elements: Times) -> tuple[Times, Times]:
         """As `_Hops.run`: the own shard while the others arrive, then all of those in one call."""
-        ranks = range(len(start))
-        sent = [self.send_ms(r, {p: 2 * shard[r] for p in ranks if p != r}, 1) for r in ranks]
         begun = np.full_like(start, start.max())
-        arrived = begun + max(sent)
+        arrived = self._arrive(begun, shard)
         own = self.work.diagonal()
         if self.layer.dense:
             every = self._kernels_ms(self.work.sum(1))
@@ -378,6 +389,34 @@ class _AllGather(_Attending):
         merged = np.array([self.layer.costs.merge_ms(n, first=True, last=True) for n in elements])
         ends: Times = np.maximum(start + self._slowed(first, start, [(begun, arrived)]), arrived) + others + merged
         return ends, first + others
+
+    def _arrive(self, begun: Times, shard: Times) -> Times:
+        """When each rank has the others' keys and values."""
+        ranks = range(len(shard))
+        return begun + max(self.send_ms(r, {p: 2 * shard[r] for p in ranks if p != r}, 1) for r in ranks)
+
+
+@dataclass(frozen=True)
+class _Pruned(_AllGather):
+    """As a prototype has it (`launch/prototypes/pruned_keys.py`). That the host waits for the lists costs nothing here.
+
+    Attributes:
+        needed: `[R, R]`, the share of each key shard that each query shard attends.
+    """
+
+    needed: Tiles
+
+    def _arrive(self, begun: Times, shard: Times) -> Times:
+        """Lists first; then keys and values are packed, sent, and put in their places, one after the other."""
+        ranks, costs = range(len(shard)), self.layer.costs
+        moved = 2 * self.needed * shard * (1 - np.eye(len(shard)))  # bytes, to each rank and from each
+        lists = max(self.send_ms(r, dict.fromkeys((p for p in ranks if p != r), 0.0), 1) for r in ranks)
+        sent = [self.send_ms(r, {p: float(moved[p, r]) for p in ranks if p != r}, 2) for r in ranks]
+        received = [self.send_ms(r, {p: float(moved[r, p]) for p in ranks if p != r}, 2) for r in ranks]
+        packed = max(costs.copy_ms(nbytes, 2) for nbytes in moved.sum(0))
+        unpacked = np.array([costs.copy_ms(nbytes, 2) for nbytes in moved.sum(1)])
+        found: Times = begun + lists + packed + max(*sent, *received) + unpacked
+        return found
 
 
 def _with_neighbours(times: Times) -> Times:
