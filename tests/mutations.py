@@ -766,8 +766,8 @@ MUTATIONS = (
     Mutation(
         "Triton: a short last block counts as a whole one",
         "remainder/triton_attend.py",
-        "bias[..., blocks - 1] = math.log2(mask.last_key_tokens)",
-        "pass",
+        "tl.where(block == blocks - 1, last,",
+        "tl.where(block == blocks - 1, whole,",
         "remainder",
     ),
     Mutation(
@@ -787,10 +787,8 @@ MUTATIONS = (
     Mutation(
         "Triton: blocks past the last are stand-ins",
         "remainder/triton_attend.py",
-        """        float("-inf"),
-        dtype""",
-        """        0.0,
-        dtype""",
+        'last, float("-inf")))',
+        "last, 0.0))",
         "remainder",
     ),
     Mutation(

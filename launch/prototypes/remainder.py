@@ -51,7 +51,7 @@ def main() -> int:
     show("means of keys, as selection takes them", lambda: block_means(key, block))
     show("means of keys and values", lambda: triton_means.block_means_triton(key, value, block, False))
     show("the same and the matrix", lambda: triton_means.block_means_triton(key, value, block, True))
-    show("biases", lambda: triton_attend._biases(mask, 128))
+    show("biases", lambda: triton_attend.make_biases(mask, 128))
     show("biases and the pass, as they are launched", attend)
     for config in _SETTINGS:
         with mock.patch.object(triton_attend, "launch_config", lambda *_, config=config: config):

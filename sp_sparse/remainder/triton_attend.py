@@ -72,7 +72,7 @@ def add_remainder_triton(
     rows = max(1, _BUDGET // (batch * heads * blocks))
     for first in range(0, mask.num_query_blocks, rows):
         part = mask.query_rows(first, min(first + rows, mask.num_query_blocks))
-        bias = _biases(part, config.tile)
+        bias = make_biases(part, config.tile)
         tiles = part.num_query_blocks * (block // query_tile)
         with torch.cuda.device_of(query):
             merge_means[(tiles, heads, batch)](
@@ -85,23 +85,51 @@ def add_remainder_triton(
     return out
 
 
-def _biases(mask: BlockMask, tile: int) -> Tensor:
+def make_biases(mask: BlockMask, tile: int) -> Tensor:
     """What is added to the scores of the means, in log2: log2 of a block's tokens, `-inf` where it is kept or there is none.
 
     Returns:
         fp32 `[B, H, Nq, N]`, `N` rounded up to whole tiles.
     """
+    batch, heads, rows = mask.counts.shape
     blocks = mask.num_key_blocks
-    bias = torch.full(
-        (*mask.counts.shape, triton.cdiv(blocks, tile) * tile),
-        float("-inf"),
-        dtype=torch.float32,
-        device=mask.indices.device,
-    )
-    bias[..., : blocks - 1] = math.log2(mask.block_size[1])
-    bias[..., blocks - 1] = math.log2(mask.last_key_tokens)
-    bias[..., :blocks].masked_fill_(mask.to_dense(), float("-inf"))
+    width = triton.cdiv(blocks, tile) * tile
+    bias = torch.empty(batch, heads, rows, width, dtype=torch.float32, device=mask.indices.device)
+    with torch.cuda.device_of(bias):
+        offer_blocks[(rows, heads, batch)](
+            mask.indices, mask.counts, bias, *mask.indices.stride(), *mask.counts.stride(), blocks, width,
+            math.log2(mask.block_size[1]), math.log2(mask.last_key_tokens), SLOTS=128, num_warps=1,
+        )  # fmt: skip
     return bias
+
+
+@triton.jit(do_not_specialize=["blocks", "width"])
+def offer_blocks(
+    indices, counts, bias, indices_batch, indices_head, indices_row, indices_slot, counts_batch, counts_head, counts_row,
+    blocks, width, whole, last,
+    SLOTS: tl.constexpr,
+):  # fmt: skip
+    """Row `program_id(0)` of head `program_id(1)` of batch `program_id(2)`: log2 of tokens, then `-inf` over what is kept.
+
+    bias: contiguous `[B, H, Nq, width]`; whole, last: log2 of the tokens of a block, and of the last one.
+    """
+    row, head, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    # In 64 bits, as in `merge_means`.
+    lane, group, line = batch.to(tl.int64), head.to(tl.int64), row.to(tl.int64)
+    bias += ((lane * tl.num_programs(1) + group) * tl.num_programs(0) + line) * width
+    indices += lane * indices_batch + group * indices_head + line * indices_row
+    slots = tl.arange(0, SLOTS)
+    for start in range(0, width, SLOTS):
+        block = start + slots
+        offer = tl.where(block < blocks - 1, whole, tl.where(block == blocks - 1, last, float("-inf")))
+        tl.store(bias + block, offer, mask=block < width)
+    # Other threads write over these entries.
+    tl.debug_barrier()
+    count = tl.load(counts + lane * counts_batch + group * counts_head + line * counts_row)
+    for start in range(0, count, SLOTS):
+        used = start + slots < count
+        kept = tl.load(indices + (start + slots) * indices_slot, mask=used, other=0)
+        tl.store(bias + kept, float("-inf"), mask=used)
 
 
 def _descriptor(tokens: Tensor, tile: int):
