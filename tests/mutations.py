@@ -83,6 +83,20 @@ MUTATIONS = (
         "auto_mesh",
     ),
     Mutation(
+        "masks are asked of a schedule that leaves all dense",
+        "generate/recorded_masks.py",
+        "if all(schedule.density",
+        "if False and all(schedule.density",
+        "recorded_masks",
+    ),
+    Mutation(
+        "one dense expert is taken for a dense job",
+        "generate/recorded_masks.py",
+        "for expert in range(experts)]",
+        "for expert in range(1)]",
+        "recorded_masks",
+    ),
+    Mutation(
         "the masks of ring ranks are put together as heads",
         "generate/recorded_masks.py",
         "for kept, _ in group]) for group in groups], axis=1)",
@@ -1953,7 +1967,7 @@ MUTATIONS = (
         "a share of a disk is never full",
         "generate/files.py",
         "errno.ENOSPC, errno.EDQUOT",
-        "errno.ENOSPC,",
+        "errno.ENOSPC",
         "serving/disk",
     ),
     Mutation(

@@ -148,12 +148,13 @@ def test_an_exchange_for_a_ring_that_is_not_chosen_is_refused() -> None:
     assert with_mesh(arguments, _ranks(4)).ring_degree == 2
 
 
-@pytest.mark.parametrize(("model", "heads", "pixels"), [
-    ("mini", 4, 8), ("a14b-random", 40, 16), ("ti2v-5b-random", 24, 32), ("tiny-ti2v", 6, 32), ("tiny-2.1", 8, 16),
+@pytest.mark.parametrize(("model", "heads", "pixels", "layers"), [
+    ("mini", 4, 8, 6), ("a14b-random", 40, 16, 4), ("ti2v-5b-random", 24, 32, 4), ("tiny-ti2v", 6, 32, 2),
+    ("tiny-2.1", 8, 16, 2), ("tiny-vace", 8, 16, 3),
 ])  # fmt: skip
-def test_what_is_known_of_a_model(model: str, heads: int, pixels: int) -> None:
+def test_what_is_known_of_a_model(model: str, heads: int, pixels: int, layers: int) -> None:
     found = find_model(parse_arguments(["--model", model]), torch.device("cpu"))
-    assert (found.heads, found.token_pixels) == (heads, pixels)
+    assert (found.heads, found.token_pixels, found.layers) == (heads, pixels, layers)
 
 
 def test_every_command_tells_what_flags_gave(tmp_path: Path) -> None:

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from sp_sparse import SparseAttentionConfig
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
-from sp_sparse.generate.recorded_masks import RecordedMasks
+from sp_sparse.generate.job import generate
+from sp_sparse.generate.ranks import Ranks
+from sp_sparse.generate.recorded_masks import RecordedMasks, check_records
+from sp_sparse.parallel.agreement import RefusedError
 from tests.ranks import run_ranks
 
 SPARSE = (
@@ -81,6 +86,43 @@ def test_what_is_no_recording_is_refused(tmp_path: Path, whole: RecordedMasks) -
 def test_dense_steps_have_no_masks() -> None:
     with pytest.raises(ValueError, match="was dense; give --sparse-attn-schedule"):
         RecordedMasks.assemble([({}, None)], 1, {})
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--sparse-attn-schedule", "conservative", "--num-inference-steps", "1"),
+        ("--sparse-attn-dense-steps", "2"),
+        ("--sparse-attn-dense-layers", "2"),
+        ("--sparse-attn-topk", "1"),
+    ],
+)
+def test_a_job_without_masks_to_record_is_refused_before_the_model_is_loaded(
+    tmp_path: Path, flags: tuple[str, ...]
+) -> None:
+    def load(*_: object) -> None:
+        raise AssertionError("loaded")
+
+    outputs = ["--output", str(tmp_path / "video.mp4"), "--output-masks", str(tmp_path / "masks.npz")]
+    with pytest.raises(RefusedError, match=r"of 2 layers and . steps, dense; give .*or leave --output-masks out"):
+        generate(parse_arguments([*SPARSE, *flags, *outputs]), Ranks(0, 1, torch.device("cpu")), load)
+
+
+@pytest.mark.parametrize(
+    ("config", "experts"),
+    [
+        (SparseAttentionConfig(topk=0.5, schedule="conservative"), 1),
+        (SparseAttentionConfig(topk=0.5, schedule="constant", dense_steps=3, dense_layers=39), 1),
+        (SparseAttentionConfig(topk=1.0, topk_2=0.5, schedule="constant"), 2),
+    ],
+)
+def test_one_sparse_place_is_enough(config: SparseAttentionConfig, experts: int) -> None:
+    check_records(config, experts, layers=40, steps=4)
+
+
+def test_a_second_expert_that_is_not_there_has_no_masks() -> None:
+    with pytest.raises(ValueError, match="no masks to record"):
+        check_records(SparseAttentionConfig(topk=1.0, topk_2=0.5, schedule="constant"), 1, layers=40, steps=4)
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from sp_sparse.generate.models import WanModel, load_pipeline
 from sp_sparse.generate.offload import comings
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
-from sp_sparse.generate.recorded_masks import MaskSampler, RecordedMasks
+from sp_sparse.generate.recorded_masks import MaskSampler, RecordedMasks, check_records
 from sp_sparse.generate.report import attention_report, exchanges_told, job_report, write_report
 from sp_sparse.generate.stages import Stages
 from sp_sparse.generate.start import Start
@@ -98,6 +98,10 @@ def _check(
     _check_lora(wanted, model)
     _check_alike(wanted, model)
     filled = tuple(_filled(video, model) for video in wanted)
+    if arguments.output_masks is not None:
+        steps = filled[0].num_inference_steps
+        assert steps is not None  # filled
+        check_records(arguments.sparse, model.experts, model.layers, steps)
     if ranks.first:
         masks = () if arguments.output_masks is None else (Path(arguments.output_masks),)
         for path in (arguments.output_path(), arguments.report_path(), *arguments.tensor_paths().values(), *masks):

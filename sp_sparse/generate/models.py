@@ -63,6 +63,7 @@ class WanModel:
         takes_video: whether it is loaded to make a video into another.
         takes_control: whether a video, a mask and reference images may control it: VACE.
         heads: of a layer's self-attention.
+        layers: of each expert.
         token_pixels: side of a token, in pixels.
         places_blocks: whether `load` brings the blocks and the text encoder to their place as it makes them.
     """
@@ -84,6 +85,7 @@ class WanModel:
     takes_control: bool = False
     places_blocks: bool = False
     heads: int = 40
+    layers: int = 40
     token_pixels: int = 16
 
 
@@ -214,6 +216,7 @@ def _tiny(arguments: GenerateArguments) -> WanModel:
         takes_video=from_video,
         takes_control=name == "tiny-vace",
         heads=6 if is_ti2v else 8,
+        layers=3 if name == "tiny-vace" else 2,
         token_pixels=32 if is_ti2v else 16,
     )
 
@@ -222,7 +225,7 @@ def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
     layers, dtype = arguments.layers or RANDOM_LAYERS, _large_dtype(device)
     if arguments.model == RANDOM_A14B:
         load = partial(random_stand_in, T2V_A14B, layers, arguments.full, False, device)
-        return WanModel(defaults.T2V_A14B, False, False, False, dtype, load, places_blocks=True)
+        return WanModel(defaults.T2V_A14B, False, False, False, dtype, load, places_blocks=True, layers=layers)
     from_image = arguments.image is not None
     return WanModel(
         defaults=defaults.TI2V_5B,
@@ -235,6 +238,7 @@ def _stand_in(arguments: GenerateArguments, device: torch.device) -> WanModel:
         spatial_multiple=32,
         places_blocks=True,
         heads=TI2V_5B.transformer["num_attention_heads"],
+        layers=layers,
         token_pixels=32,
     )
 
@@ -293,6 +297,7 @@ def _pretrained(arguments: GenerateArguments, device: torch.device) -> WanModel:
         experts=experts,
         spatial_multiple=math.lcm(_PIPELINE_MULTIPLE, *(scale * side for side in patch[1:])),
         heads=transformer.get("num_attention_heads", 40),
+        layers=transformer.get("num_layers", 40),
         token_pixels=scale * patch[1],
         temporal_multiple=vae.get("scale_factor_temporal", 4),
         positions=transformer.get("rope_max_seq_len", 1024),

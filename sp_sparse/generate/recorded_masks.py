@@ -12,6 +12,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
+from sp_sparse.config import SparseAttentionConfig
 from sp_sparse.generate.files import whole_file
 from sp_sparse.mask import BlockMask
 from sp_sparse.recorder import AttentionRecorder
@@ -22,6 +23,11 @@ Place = tuple[int, int, int]
 # Evenly spread over those of the model and the loop: at 720p a layer's mask of 40 heads takes 1.8 MB.
 _MOST_LAYERS = 6
 _MOST_STEPS = 8
+
+_REMEDY = (
+    "give --sparse-attn-schedule constant with a --sparse-attn-topk below 1 and without dense steps and layers, or more "
+    "--num-inference-steps; or leave --output-masks out"
+)
 
 
 @dataclass(eq=False)
@@ -56,6 +62,22 @@ class MaskSampler(AttentionRecorder):
         self.shape = shape
         dense = BlockMask.join_heads(sparse).to_dense()[0]
         self.kept[expert, layer, step] = np.packbits(dense.cpu().numpy(), axis=-1)
+
+
+def check_records(config: SparseAttentionConfig, experts: int, layers: int, steps: int) -> None:
+    """Refuse settings under which `MaskSampler` would find every call dense.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    schedules = [config.schedule_for(expert) for expert in range(experts)]
+    places = [(layer, step) for layer in _spread(layers, _MOST_LAYERS) for step in _spread(steps, _MOST_STEPS)]
+    if all(schedule.density(*place, steps) >= 1.0 for schedule in schedules for place in places):
+        raise ValueError(
+            f"--output-masks has no masks to record: topk {config.topk:g} with schedule {config.schedule!r}, "
+            f"dense_steps={config.dense_steps} and dense_layers={config.dense_layers} leaves all that it looks at, of "
+            f"{layers} layers and {steps} steps, dense; {_REMEDY}"
+        )
 
 
 def _spread(count: int, most: int) -> frozenset[int]:
@@ -95,10 +117,7 @@ class RecordedMasks:
         shape = parts[0][1]
         places = tuple(sorted(parts[0][0]))
         if shape is None or not places:
-            raise ValueError(
-                "no masks to record: every step and layer that is looked at was dense; give --sparse-attn-schedule "
-                "constant, or more --num-inference-steps"
-            )
+            raise ValueError(f"no masks to record: every step and layer that is looked at was dense; {_REMEDY}")
         groups = [parts[first : first + ulysses_degree] for first in range(0, len(parts), ulysses_degree)]
         whole = [
             np.concatenate([np.concatenate([kept[place] for kept, _ in group]) for group in groups], axis=1)
