@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from launch.mini import autoencoder, stages
 from launch.mini.__main__ import main
+from launch.mini.examine import _exchanged
 from launch.mini.export import MOST_BYTES, assemble
 from launch.mini.noise import noise_levels
 from launch.mini.parts import (
@@ -21,13 +23,16 @@ from launch.mini.parts import (
     denormalize,
     embed,
     make_scheduler,
+    make_tokenizer,
     make_transformer,
     make_vae,
     normalize,
     tokenize,
 )
 from launch.mini.samples import make_videos
+from launch.mini.scenes import CAMERAS, COLORS, DIRECTIONS, SHAPES, sample_scene
 from launch.mini.sizes import MICRO, MINI, Sizes
+from launch.mini.text import questions
 from launch.mini.training import Budget, Schedule, Stage, averaged
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.mini import mini_folder
@@ -261,7 +266,7 @@ def test_resuming_a_transformer_gives_the_same_weights(trained: Path, tmp_path: 
     for parts, steps in (("once", (3,)), ("twice", (1, 2))):
         folder = tmp_path / parts
         folder.mkdir()
-        for name in ("vae.pt", "latents.pt"):
+        for name in ("vae.pt", "latents.pt", "text.pt"):
             (folder / name).symlink_to(trained / name)
         for count in steps:
             stages.train_transformer("joint", MICRO, folder, ALONE, Budget(0, count), batch=2, rate=1e-3)
@@ -303,7 +308,7 @@ def test_a_few_steps_lower_the_losses(trained: Path, tmp_path: Path) -> None:
     first = stages.train_vae(small, tmp_path, ALONE, Budget(0, 3), batch=2, rate=1e-6)
     (tmp_path / "vae.pt").unlink()
     assert stages.train_vae(small, tmp_path, ALONE, Budget(0, 50), batch=2, rate=3e-3) < 0.8 * first
-    for name in ("vae.pt", "latents.pt"):
+    for name in ("vae.pt", "latents.pt", "text.pt"):
         (tmp_path / name).unlink(missing_ok=True)
         (tmp_path / name).symlink_to(trained / name)
     start = stages.train_transformer("joint", MICRO, tmp_path, ALONE, Budget(0, 3), batch=4, rate=1e-6)
@@ -313,17 +318,60 @@ def test_a_few_steps_lower_the_losses(trained: Path, tmp_path: Path) -> None:
 
 
 def test_training_goes_on_from_an_exported_model(trained: Path, tmp_path: Path) -> None:
-    start = ["--size", "micro", "--folder", str(tmp_path), "--start", str(trained / "model"), "--steps", "0"]
+    start = ["--size", "micro", "--folder", str(tmp_path), "--exported", str(trained / "model"), "--steps", "0"]
     assert main(["train", *start, "--stage", "vae"]) == 0
     weights = averaged(tmp_path / "vae.pt")[0]["vae"]
     known = averaged(trained / "vae.pt")[0]["vae"]
     torch.testing.assert_close(weights, known, rtol=1e-3, atol=1e-3)
     assert main(["train", *start[:-2], "--steps", "4", "--clips", "32", "--stage", "latents"]) == 0
-    for stage, part in (("joint", "transformer"), ("low", "transformer_2")):
+    for stage, module, part in (
+        ("text", "text_encoder", "text_encoder"),
+        ("joint", "transformer", "transformer"),
+        ("low", "transformer", "transformer_2"),
+    ):
         assert main(["train", *start, "--stage", stage]) == 0
-        weights = averaged(tmp_path / f"{stage}.pt")[0]["transformer"]
-        known = getattr(_pipeline(trained), part).state_dict()
+        weights = averaged(tmp_path / f"{stage}.pt")[0][module]
+        known = getattr(_pipeline(trained), part).float().state_dict()
         torch.testing.assert_close(weights, dict(known), rtol=1e-3, atol=1e-3)
+
+
+def test_a_checkpoint_of_another_kind_of_device_goes_on(tmp_path: Path) -> None:
+    _fit(tmp_path, 2)
+    found = torch.load(tmp_path / "line.pt")
+    torch.save({**found, "generator": torch.zeros(16, dtype=torch.uint8)}, tmp_path / "line.pt")  # as CUDA's
+    assert _fit(tmp_path, 1).step == 3
+
+
+def test_words_are_asked_for_their_own_figure() -> None:
+    tokenizer, scenes = make_tokenizer(), [sample_scene(random.Random(row), held_out=False) for row in range(40)]
+    ids, mask, labels = questions(tokenizer, scenes, random.Random(0))
+    assert labels.shape == (*ids.shape, 6)
+    assert (labels[mask == 0] == -100).all()
+    for scene, words, answers in zip(scenes, ids, labels, strict=True):
+        asked = {tuple(answer) for answer in answers[:, :3].tolist() if answer[0] != -100}
+        known = {
+            (list(COLORS).index(f.color), SHAPES.index(f.shape), list(DIRECTIONS).index(f.direction))
+            for f in scene.figures
+        }
+        assert asked == known
+        shapes = {word: SHAPES.index(word) for word in SHAPES}
+        for token, answer in zip(tokenizer.convert_ids_to_tokens(words.tolist()), answers[:, 1].tolist(), strict=True):
+            if (name := token.strip("▁ ").lower()) in shapes:
+                assert answer == shapes[name]
+        assert set(answers[:, 5].tolist()) <= {-100, CAMERAS.index(scene.camera)}
+
+
+def test_exchanged_words_are_measured(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["exchange", "--size", "micro", "--folder", str(trained), "--count", "2"]) == 0
+    lines = capsys.readouterr().out.strip().splitlines()[-6:]
+    assert all(line.startswith("level=") and " shape=" in line and " direction=" in line for line in lines), lines
+    scene = next(
+        s for s in (sample_scene(random.Random(row), held_out=True) for row in range(99)) if len(s.figures) == 2
+    )
+    one, other = scene.figures
+    swapped = _exchanged(scene, "shape").figures
+    assert (swapped[0].shape, swapped[1].shape) == (other.shape, one.shape)
+    assert (swapped[0].color, swapped[1].direction) == (one.color, other.direction)
 
 
 def test_stages_out_of_order_are_refused(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

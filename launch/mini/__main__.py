@@ -1,4 +1,7 @@
-"""`python -m launch.mini train|sample|export|check`: docs/mini.md says in which order. torchrun trains on several GPUs."""
+"""`python -m launch.mini train|sample|export|exchange|check`: docs/mini.md says in which order.
+
+torchrun trains on several GPUs.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,11 @@ from typing import Any
 import torch
 
 from launch.mini import stages
-from launch.mini.examine import examine
+from launch.mini.examine import examine, exchange
 from launch.mini.export import assemble, export
 from launch.mini.samples import GUIDANCE, STEPS, held_out_scenes, make_videos, save_strips
 from launch.mini.sizes import SIZES, Sizes
+from launch.mini.text import train_text
 from launch.mini.training import Budget
 from sp_sparse.generate.ranks import start_ranks
 
@@ -23,7 +27,14 @@ _USER_ERRORS = (ValueError, OSError, FloatingPointError)
 # Compiling on one rank keeps the others waiting.
 _TIMEOUT_S = 600.0
 # Clips a step and rank, and learning rate.
-_DEFAULTS = {"vae": (16, 1e-3), "decoder": (8, 5e-4), "joint": (48, 6e-4), "high": (48, 3e-4), "low": (48, 3e-4)}
+_DEFAULTS = {
+    "vae": (16, 1e-3),
+    "decoder": (8, 5e-4),
+    "text": (64, 1e-3),
+    "joint": (48, 6e-4),
+    "high": (48, 3e-4),
+    "low": (48, 3e-4),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,10 +61,13 @@ def _train(arguments: argparse.Namespace, sizes: Sizes, _: torch.device) -> None
         batch, rate = arguments.batch or batch, arguments.rate or rate
         if name == "decoder":
             stages.train_decoder(sizes, arguments.folder, ranks, budget, batch, rate)
+        elif name == "text":
+            encoder = arguments.exported and stages.component(arguments.exported, "text_encoder")
+            train_text(sizes, arguments.folder, ranks, budget, batch, rate, encoder)
         elif name == "vae":
-            stages.train_vae(sizes, arguments.folder, ranks, budget, batch, rate, arguments.start)
+            stages.train_vae(sizes, arguments.folder, ranks, budget, batch, rate, arguments.exported)
         else:
-            stages.train_transformer(name, sizes, arguments.folder, ranks, budget, batch, rate, arguments.start)
+            stages.train_transformer(name, sizes, arguments.folder, ranks, budget, batch, rate, arguments.exported)
 
 
 def _sample(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
@@ -87,6 +101,11 @@ def _check(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) ->
     return 0 if found["followed"] >= arguments.at_least else 1
 
 
+def _exchange(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
+    for row in exchange(assemble(sizes, arguments.folder, device), sizes, arguments.count):
+        print(" ".join(f"{name}={value:.5f}" for name, value in row.items()), flush=True)
+
+
 def _captions(arguments: argparse.Namespace, sizes: Sizes, device: torch.device) -> None:
     print(*(caption for _, caption in held_out_scenes(arguments.count)), sep="\n")
 
@@ -110,7 +129,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--rate", type=float, help="highest learning rate")
     train.add_argument("--clips", type=int, default=16384, help="of the stage latents")
     train.add_argument(
-        "--start", type=Path, help="an exported model whose weights a stage without checkpoint starts from"
+        "--exported", type=Path, help="an exported model whose weights a stage without checkpoint starts from"
     )
 
     def sampling(one: argparse.ArgumentParser, count: int) -> None:
@@ -135,6 +154,12 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("--batch", type=int, default=10, help="videos made at a time")
     check.add_argument("--at-least", type=float, default=0.0, help="share followed below which the status is 1")
     sampling(check, 100)
+
+    two = command(
+        "exchange", _exchange, "show whether the checkpoints' model reads which words belong to which of two figures"
+    )
+    two.add_argument("--folder", type=Path, required=True)
+    two.add_argument("--count", type=int, default=16, help="held-out clips with two figures")
 
     captions = command(
         "captions", _captions, "print held-out captions, one a line: the --prompts of sp_sparse.fidelity"

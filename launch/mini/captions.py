@@ -54,17 +54,26 @@ def kinds_told(caption: str) -> list[Kind]:
     Raises:
         ValueError: it tells of none, as captions of `caption_of` do not.
     """
+    return [kind for kind, _ in figures_told(caption)]
+
+
+def figures_told(caption: str) -> list[tuple[Kind, tuple[int, int]]]:
+    """The figures that a caption tells of, each with the first letter of its words and the one after the last.
+
+    Raises:
+        ValueError: it tells of none, as captions of `caption_of` do not.
+    """
     phrases = {phrase: direction for direction, options in _TOWARDS.items() for phrase in options}
     # Longest first: "down" begins "down and to the right".
     toward = "|".join(sorted(phrases, key=len, reverse=True))
     verb = "|".join(form for forms in _VERBS for form in forms)
     pattern = rf"\ba ({'|'.join(COLORS)}) ({'|'.join(SHAPES)}) (?:{verb}) ({toward})\b"
-    found = re.findall(pattern, caption, re.IGNORECASE)
+    found = list(re.finditer(pattern, caption, re.IGNORECASE))
     if not found:
         raise ValueError(
             f"{caption!r} tells of no figure as mini's captions do, such as 'a red circle moves to the left over gray dots'"
         )
-    return [Kind(color.lower(), shape.lower(), phrases[phrase.lower()]) for color, shape, phrase in found]
+    return [(Kind(m[1].lower(), m[2].lower(), phrases[m[3].lower()]), m.span()) for m in found]
 
 
 def vocabulary() -> list[str]:

@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from launch.mini.parts import BOUNDARY, make_scheduler, make_text_encoder, make_tokenizer, make_transformer
+from launch.mini.parts import BOUNDARY, make_scheduler, make_tokenizer, make_transformer
 from launch.mini.sizes import Sizes
 from launch.mini.stages import trained_vae
+from launch.mini.text import trained_text_encoder
 from launch.mini.training import averaged
 
 MOST_BYTES = 30_000_000
@@ -27,8 +28,7 @@ def assemble(sizes: Sizes, folder: Path, device: torch.device) -> Any:
 
     vae, _ = trained_vae(sizes, folder, device)
     joint, _ = averaged(folder / "joint.pt", device)
-    text_encoder = make_text_encoder(sizes)
-    text_encoder.load_state_dict(joint["text_encoder"])
+    text_encoder, _ = trained_text_encoder(sizes, folder, device)
     experts = []
     for name in ("high", "low"):
         file = folder / f"{name}.pt"
@@ -38,7 +38,7 @@ def assemble(sizes: Sizes, folder: Path, device: torch.device) -> Any:
         experts.append(expert.to(device).eval())
     pipe: Any = WanPipeline(
         tokenizer=make_tokenizer(),
-        text_encoder=text_encoder.to(device).eval(),
+        text_encoder=text_encoder,
         vae=vae,
         scheduler=make_scheduler(),
         transformer=experts[0],

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains mini in three commands of at most nine minutes each on one GPU: bash launch/mini/lease.sh 1|2|3 RESULTS
 #
-#   1  VAE and its decoder, latents, the first part of joint     2  the rest of joint     3  both experts, check of 100 captions
+#   1  VAE and its decoder, latents, text, the first part of joint     2  the rest of joint     3  both experts, check of 100 captions
 #
 # Checkpoints stay in $WORK (outputs/mini), and every part goes on from them; run 2 again for a longer joint stage. Each part
 # ends with an export and leaves in RESULTS at most 8 files below 16 MiB: the model as model.tar.aa, .ab (put together with
@@ -38,9 +38,10 @@ pictures() { mini sample --folder "$work" --out "$work/$1" "${@:2}" || echo "no 
 restore() {
     [[ -f $work/joint.pt ]] && return
     [[ -n ${START:-} ]] || { echo "error: no $work/joint.pt; run part 1 first, or set START to an exported model" >&2; exit 2; }
-    train vae 0 --start "$START"
+    train vae 0 --exported "$START"
     latents
-    train joint 0 --start "$START"
+    train text "${TEXT_S:-0}" --exported "$START"
+    train joint 0 --exported "$START"
 }
 
 pack() {
@@ -58,12 +59,13 @@ case $part in
 1)
     rm -f "$work"/check.*
     if [[ ! -f $work/joint.pt ]]; then
-        train vae "${VAE_S:-180}" ${START:+--start "$START"}
+        train vae "${VAE_S:-180}" ${START:+--exported "$START"}
         train decoder "${DECODER_S:-60}"
         pictures vae.png
         latents
+        train text "${TEXT_S:-40}" ${START:+--exported "$START"}
     fi
-    train joint "${JOINT_S:-90}" ${START:+--start "$START"}
+    train joint "${JOINT_S:-90}" ${START:+--exported "$START"}
     ;;
 2)
     rm -f "$work"/check.* "$work/high.pt" "$work/low.pt"

@@ -45,7 +45,7 @@ CAMERAS = ("still", "left", "right", "up", "down", "in", "out")
 HELD_OUT_ONE_IN = 8
 _SHARE_OF_TWO = 0.2
 # Of training clips: two figures are learnt last.
-_SHARE_OF_TWO_TRAINED = 0.4
+_SHARE_OF_TWO_TRAINED = 0.6
 _EDGE = 0.03  # room between a figure and the frame's edge
 _PLACEMENTS = 16  # tried for two figures; the one that keeps them furthest apart is taken
 

@@ -1,4 +1,4 @@
-"""The stages of the training, in their order: vae, decoder, latents, joint, high, low."""
+"""The stages of the training, in their order: vae, decoder, latents, text (in its own module), joint, high, low."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from launch.mini.noise import noise_levels
 from launch.mini.parts import (
     BOUNDARY,
     embed,
-    make_text_encoder,
     make_tokenizer,
     make_transformer,
     make_vae,
@@ -29,10 +28,11 @@ from launch.mini.parts import (
 )
 from launch.mini.scenes import Scene, sample_scene
 from launch.mini.sizes import Sizes
+from launch.mini.text import trained_text_encoder
 from launch.mini.training import Budget, Log, Schedule, Stage, averaged
 from sp_sparse.generate.ranks import Ranks
 
-STAGES = ("vae", "decoder", "latents", "joint", "high", "low")
+STAGES = ("vae", "decoder", "latents", "text", "joint", "high", "low")
 EXPERTS = {"high": (BOUNDARY, 1.0), "low": (0.0, BOUNDARY)}
 
 _VAE_FRAMES = 17  # of a clip that the VAE is trained on at a time
@@ -51,7 +51,7 @@ def train_vae(
 ) -> float:
     """Train the VAE on windows of clips, `batch` a rank. Returns the mean absolute error of a pixel in -1 to 1."""
     torch.manual_seed(0)
-    vae = make_vae(sizes) if start is None else _component(start, "vae")
+    vae = make_vae(sizes) if start is None else component(start, "vae")
     device = ranks.device
     stage = Stage("vae", {"vae": vae.float().to(device)}, folder, Schedule(rate, decay=0.5), "clips", ranks)
 
@@ -223,30 +223,25 @@ def train_transformer(
     rate: float,
     start: Path | None = None,
 ) -> float:
-    """Train by flow matching: `joint` the text encoder and a transformer for all noise, `high` or `low` an expert from it.
+    """Train by flow matching: `joint` a transformer for all noise, `high` or `low` an expert from it.
 
     `batch` clips a rank. Returns the mean squared error of the velocity.
     """
     device = ranks.device
     data = Latents(sizes, folder, device)
+    text_encoder, text_step = trained_text_encoder(sizes, folder, device)
     torch.manual_seed(0)
-    transformer, text_encoder = make_transformer(sizes), make_text_encoder(sizes)
-    of = data.of
+    transformer = make_transformer(sizes)
+    of = f"{data.of}, text step {text_step}"
     if name != "joint":
-        weights, step = averaged(folder / "joint.pt")
+        weights, step = averaged(folder / "joint.pt", of=of)
         transformer.load_state_dict(weights["transformer"])
-        text_encoder.load_state_dict(weights["text_encoder"])
-        of = f"{data.of}, joint step {step}"
+        of = f"{of}, joint step {step}"
     if start is not None:
-        transformer = _component(start, "transformer_2" if name == "low" else "transformer")
-        text_encoder = _component(start, "text_encoder") if name == "joint" else text_encoder
-    transformer, text_encoder = transformer.float().to(device).train(), text_encoder.float().to(device)
-    modules = {"transformer": transformer}
-    if name == "joint":
-        modules["text_encoder"] = text_encoder
+        transformer = component(start, "transformer_2" if name == "low" else "transformer")
+    transformer = transformer.float().to(device).train()
     schedule = Schedule(rate, decay=0.0 if name == "joint" else 1.0)
-    stage = Stage(name, modules, folder, schedule, of, ranks)
-    text_encoder.requires_grad_(name == "joint")
+    stage = Stage(name, {"transformer": transformer}, folder, schedule, of, ranks)
     low, high = EXPERTS.get(name, (0.0, 1.0))
 
     def loss(step: int) -> tuple[Tensor, Tensor]:
@@ -256,7 +251,8 @@ def train_transformer(
         level = noise_levels(batch, low, high, generator)
         share = level.view(-1, 1, 1, 1, 1)
         with _half(device):
-            text = embed(text_encoder, ids, mask)
+            with torch.no_grad():
+                text = embed(text_encoder, ids, mask)
             velocity = transformer((1 - share) * clean + share * noise, level * 1000, text, return_dict=False)[0]
         error = (velocity.float() - (noise - clean)).square().mean()
         return error, error
@@ -286,7 +282,7 @@ def _half(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def _component(folder: Path, name: str) -> Any:
+def component(folder: Path, name: str) -> Any:
     """A trained part of an exported model, in float32."""
     import diffusers
     import transformers

@@ -110,9 +110,10 @@ class Stage:
         self.modules.load_state_dict(found["weights"])
         self._optimizer.load_state_dict(found["optimizer"])
         self._ema, self.step = found["ema"], found["step"]
-        if self._ranks.first:
-            self.generator.set_state(found["generator"].cpu())
-        else:  # the checkpoint holds the first rank's alone
+        state = found["generator"].cpu()
+        if self._ranks.first and state.shape == self.generator.get_state().shape:
+            self.generator.set_state(state)
+        else:  # the checkpoint holds the first rank's alone, and that of another kind of device does not fit
             self.generator.manual_seed(self.step * self._ranks.world + self._ranks.rank)
         self._ranks.say(f"{self.name}: goes on from step {self.step}")
 
