@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+from launch.benchmarks.omni_stand_ins import stand_in  # noqa: E402
 
 # Every setting, as it is written in a flag and as it must arrive; in two parts, for not all go together.
 OWN = {"sparsity": 0.7, "start_step": 10, "end_step": 2, "precision": "bf16", "skip_layers": "0-1"}
@@ -35,52 +34,9 @@ SETTINGS: tuple[dict[str, tuple[Any, Any]], ...] = (
 )
 FLAG = "--diffusion-attention-config"
 
-# Imported by parts of the server that are not run here; large, or without a build for a CPU.
-ABSENT = {"model_hosting_container_standards", "torchvision", "torchaudio", "av"}
-
-
-class _Nothing(type):
-    """A class each of whose attributes is itself."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls
-
-
-class Nothing(metaclass=_Nothing):
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any, **_: Any) -> Any:
-        return arguments[0] if arguments else self
-
-
-class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the absent packages, empty."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in ABSENT:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__path__ = []
-        module.__getattr__ = lambda name: getattr(Nothing, name) and Nothing  # type: ignore[method-assign]
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
-
 
 def main() -> None:
-    import transformers.utils.import_utils as found
-
-    for name in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
-        setattr(found, name, lambda *_, **__: False)
-    sys.meta_path.append(Absent())
-
+    stand_in()
     from sp_sparse.integrations.vllm_omni.settings import known_options
     from tests.vllm_omni import cpu
 
