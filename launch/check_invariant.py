@@ -16,6 +16,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,16 @@ from sp_sparse import (  # noqa: E402
     SparseAttentionConfig,
     VideoGrid,
 )
-from sp_sparse.config import REMAINDERS  # noqa: E402
+from sp_sparse.config import KV_EXCHANGES, REMAINDERS  # noqa: E402
 from sp_sparse.generate.ranks import Ranks  # noqa: E402
 
 
 @dataclass(frozen=True)
 class Result:
-    """One mesh, grid and density; errors are root mean squares relative to the expected values, the worst of all ranks."""
+    """One mesh, grid and density; errors are root mean squares relative to the expected values, the worst of all ranks.
+
+    `kv_exchange` is None without a ring.
+    """
 
     what: str
     gpus: int
@@ -53,6 +57,7 @@ class Result:
     density: float
     kernel: str
     remainder: str
+    kv_exchange: str | None
     masks_identical: bool
     error_against_one_device: float
     error_against_float64: float
@@ -73,9 +78,9 @@ def main() -> int:
     results = []
     for ulysses in (d for d in range(1, world + 1) if world % d == 0):
         mesh = SequenceParallelMesh(ulysses, world // ulysses)
-        for grid in arguments.grids:
-            for topk in arguments.topk:
-                results.append(_check(mesh, grid, topk, arguments, device))
+        exchanges = arguments.kv_exchange if mesh.ring_degree > 1 else [None]
+        for grid, topk, exchange in product(arguments.grids, arguments.topk, exchanges):
+            results.append(_check(mesh, grid, topk, exchange, arguments, device))
     failed = [r for r in results if not _passes(r)]
     if not dist.is_initialized() or dist.get_rank() == 0:
         _print_table(results)
@@ -95,7 +100,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--topk", nargs="+", type=float, default=[0.3])
     parser.add_argument("--backend", default="auto")
-    parser.add_argument("--kv-exchange", choices=("ring", "all_gather"), default="ring")
+    parser.add_argument(
+        "--kv-exchange", nargs="+", choices=KV_EXCHANGES, default=["ring"], help="on a ring, one after another"
+    )
     parser.add_argument("--remainder", choices=REMAINDERS, default="drop")
     parser.add_argument("--token-order", default="hilbert")
     parser.add_argument("--block-size", type=int, default=128)
@@ -126,7 +133,12 @@ def _inputs(grid: VideoGrid, heads: int, head_dim: int, dtype: torch.dtype, devi
 
 
 def _check(
-    mesh: SequenceParallelMesh, grid: VideoGrid, topk: float, arguments: argparse.Namespace, device: torch.device
+    mesh: SequenceParallelMesh,
+    grid: VideoGrid,
+    topk: float,
+    exchange: str | None,
+    arguments: argparse.Namespace,
+    device: torch.device,
 ) -> Result:
     size = (arguments.block_size, arguments.block_size)
     config = SparseAttentionConfig(
@@ -135,7 +147,7 @@ def _check(
         schedule="constant",
         token_order=arguments.token_order,
         block_size=size,
-        kv_exchange=arguments.kv_exchange,
+        kv_exchange=exchange or "ring",
         remainder=arguments.remainder,
     )
     q, k, v = _inputs(grid, arguments.heads, arguments.head_dim, getattr(torch, arguments.dtype), device)
@@ -182,7 +194,7 @@ def _check(
     different, *errors = worst.tolist()
     return Result(
         "invariant", mesh.sequence_degree, mesh.ulysses_degree, mesh.ring_degree, grid.num_tokens, arguments.heads,
-        arguments.head_dim, topk, kernel, arguments.remainder, different == 0.0, *errors,
+        arguments.head_dim, topk, kernel, arguments.remainder, exchange, different == 0.0, *errors,
     )  # fmt: skip
 
 
@@ -253,13 +265,16 @@ def _passes(result: Result) -> bool:
 
 
 def _print_table(results: list[Result]) -> None:
-    print("gpus UxR    S      density kernel     masks      vs one device  vs float64  same precision  ms 1    ms mesh")
+    print(
+        "gpus UxR    S      density kernel     masks      vs one device  vs float64  same precision  ms 1    ms mesh"
+        "  exchange"
+    )
     for r in results:
         print(
             f"{r.gpus:4d} {r.ulysses}x{r.ring} {r.sequence:8d} {r.density:7.2f}  {r.kernel:10s}"
             f" {'identical' if r.masks_identical else 'DIFFERENT'}  {r.error_against_one_device:12.3e}"
             f"  {r.error_against_float64:10.3e}  {r.same_precision_error:13.3e}  {r.ms_one_device:7.2f} {r.ms_mesh:7.2f}"
-            f"{'' if _passes(r) else '  FAILED'}"
+            f"  {r.kv_exchange or '-':10s}{'' if _passes(r) else '  FAILED'}"
         )
 
 

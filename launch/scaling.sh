@@ -3,6 +3,7 @@
 #
 # For each number (default: 2, 4 and 8, as far as there are so many) and every Ulysses x ring mesh of so many ranks: masks and
 # outputs against one device, the layer, the Wan transformer against diffusers' dense attention, and the timeline of the layer.
+# On rings the invariant and the layer come with every exchange of EXCHANGES, side by side.
 # Tables, raw results and pictures go to OUTPUT. Without a GPU the same runs on gloo ranks with small shapes.
 #
 # PYTHON     interpreter with sp_sparse[diffusers,benchmark] installed (default python3)
@@ -10,16 +11,18 @@
 # SIZES      of the videos: 480p, 720p (default both)
 # DENSITIES  default "1.0 0.5 0.3 0.1"
 # MODES      of the transformer: eager, compiled (default compiled)
+# EXCHANGES  of keys and values on a ring (default "ring all_gather")
 # REPEAT     timed calls (default 5)
 # LIMIT_S    seconds after which a benchmark starts nothing more (default 300)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON="${PYTHON:-python3}" OUTPUT="${OUTPUT:-outputs/scaling}" SIZES="${SIZES:-480p 720p}"
-DENSITIES="${DENSITIES:-1.0 0.5 0.3 0.1}" MODES="${MODES:-compiled}" REPEAT="${REPEAT:-5}" LIMIT_S="${LIMIT_S:-300}"
+DENSITIES="${DENSITIES:-1.0 0.5 0.3 0.1}" MODES="${MODES:-compiled}" EXCHANGES="${EXCHANGES:-ring all_gather}" REPEAT="${REPEAT:-5}" LIMIT_S="${LIMIT_S:-300}"
 read -ra sizes <<<"$SIZES"
 read -ra densities <<<"$DENSITIES"
 read -ra modes <<<"$MODES"
+read -ra exchanges <<<"$EXCHANGES"
 sparse=()
 for density in "${densities[@]}"; do
     [[ "$density" == 1 || "$density" == 1.0 ]] || sparse+=("$density")
@@ -66,9 +69,9 @@ for count in "${counts[@]}"; do
     timing=(--repeat "$REPEAT" --time-limit-s "$LIMIT_S")
     prefix="${stamp}_x${count}"
     run "${prefix}_invariant" "${torchrun[@]}" launch/check_invariant.py --grids "${grids[@]}" "${invariant[@]}" \
-        --output "$OUTPUT/${prefix}_invariant.jsonl"
+        --kv-exchange "${exchanges[@]}" --output "$OUTPUT/${prefix}_invariant.jsonl"
     run "${prefix}_attention" "${benchmark[@]}" attention "${layer[@]}" "${timing[@]}" --grids "${grids[@]}" \
-        --densities "${densities[@]}" --output "$OUTPUT/${prefix}_attention.jsonl"
+        --densities "${densities[@]}" --kv-exchanges "${exchanges[@]}" --output "$OUTPUT/${prefix}_attention.jsonl"
     run "${prefix}_transformer" "${benchmark[@]}" transformer "${transformer[@]}" "${timing[@]}" --videos "${videos[@]}" \
         --densities "${densities[@]}" --modes "${modes[@]}" --output "$OUTPUT/${prefix}_transformer.jsonl"
     for what in attention transformer; do

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TypeVar
 
@@ -17,8 +18,10 @@ from sp_sparse.kernels.base import Kernel
 from sp_sparse.kernels.dense import attend_mask
 from sp_sparse.kernels.registry import KernelRequest, auto_reasons, check_returns_lse, load_kernel, select_kernel
 from sp_sparse.mask import BlockMask
-from sp_sparse.parallel.agreement import RefusedError, every_value, together
+from sp_sparse.parallel.agreement import RefusedError, every_value, says_lost_rank, together
 from sp_sparse.parallel.all_gather_kv import AllGatherKVStrategy, CallerAllGatherKVStrategy
+from sp_sparse.parallel.auto_kv import AutoKVStrategy
+from sp_sparse.parallel.kv_exchange import KVExchange, KVExchangePlan
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.parallel.strategy import SequenceParallelStrategy
@@ -31,9 +34,6 @@ from sp_sparse.selection.static import StaticPlans
 from sp_sparse.video import VideoGrid
 
 T = TypeVar("T")
-
-# How ring ranks come by the others' keys and values.
-_STRATEGIES = {"ring": SequenceParallelStrategy, "all_gather": AllGatherKVStrategy}
 
 
 class SparseAttention:
@@ -70,9 +70,10 @@ class SparseAttention:
             all_gather_kv: the ranks of the mesh, a ring without Ulysses, share the queries, but each call brings the keys
                 and values of the whole sequence without padding.
             like: another layer of the same configuration, mesh and head dimension, with which this one shares the kernel and
-                the plans of always-kept blocks; by default it has its own.
+                the plans of always-kept blocks and of the exchange; by default it has its own.
             check_calls: compare step, grid, cut and shapes of each call between the ranks, which waits for the device once
-                a call. Leave it out where they are compared once for all layers, as the diffusers integration does.
+                a call, and say of a lost rank what to do. Leave it out where that is done once for all layers, as the
+                diffusers integration does.
 
         Raises:
             ValueError: backend `none`, an unknown backend or selector, one that cannot serve the mesh or the configuration,
@@ -92,20 +93,31 @@ class SparseAttention:
         self.num_heads, self.head_dim = num_heads, head_dim
         self.layer, self.expert = layer, expert
         self.selector = (
-            _on_all_ranks(lambda: _load(config, mesh), mesh.groups) if like is None else load_selector(config)
+            load_selector(config)
+            if like is not None
+            else _on_all_ranks(lambda: load_names(config, mesh.ring_degree), mesh.groups)
         )
-        strategy = CallerAllGatherKVStrategy if all_gather_kv else _STRATEGIES[config.kv_exchange]
-        self.strategy = strategy(mesh, math.lcm(*config.block_size))
-        self.strategy.heads(num_heads)
         self._schedule = config.schedule_for(expert)
         self._check_calls = check_calls
         self.recorder = recorder
         self._kernels: dict[tuple[torch.device, torch.dtype], Kernel] = {}
-        self._static_plans = StaticPlans(config)
+        self._static_plans, self._exchange_plan = StaticPlans(config), KVExchangePlan()
         if like is not None:
             if (like.config, like.mesh, like.head_dim) != (config, mesh, head_dim):
                 raise ValueError("like= names a layer of another configuration, mesh or head dimension; leave it out")
             self._kernels, self._static_plans = like._kernels, like._static_plans
+            self._exchange_plan = like._exchange_plan
+        self.strategy = self._strategy(mesh, all_gather_kv)
+        self.strategy.heads(num_heads)
+
+    def _strategy(self, mesh: SequenceParallelMesh, all_gather_kv: bool) -> SequenceParallelStrategy:
+        """How ring ranks come by the others' keys and values."""
+        block, asked = math.lcm(*self.config.block_size), self.config.kv_exchange
+        if all_gather_kv:
+            return CallerAllGatherKVStrategy(mesh, block)
+        if asked == "auto":
+            return AutoKVStrategy(mesh, block, plan=self._exchange_plan, num_heads=self.num_heads)
+        return (AllGatherKVStrategy if asked == "all_gather" else SequenceParallelStrategy)(mesh, block)
 
     @property
     def mesh(self) -> SequenceParallelMesh:
@@ -138,8 +150,23 @@ class SparseAttention:
 
         Raises:
             ValueError: shapes that do not fit the layer, the grid or the shards; a kernel that cannot run these inputs.
-            RuntimeError: `check_calls`, and the ranks' calls differ.
+            RuntimeError: `check_calls`, and the ranks' calls differ, or another rank was lost (`LostRankError`).
         """
+        with says_lost_rank(f"layer {self.layer} is not attended by all ranks") if self._check_calls else nullcontext():
+            return self._attend(query, key, value, grid, step, num_steps, shards, scale)
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        grid: VideoGrid | tuple[int, int, int],
+        step: int | None,
+        num_steps: int | None,
+        shards: SequenceShards | None,
+        scale: float | None,
+    ) -> Tensor:
+        """The call, top to bottom."""
         grid = grid if isinstance(grid, VideoGrid) else VideoGrid(*grid)
         shards = shards or self.shards(grid)
         if self._check_calls:
@@ -172,7 +199,10 @@ class SparseAttention:
             exchange.give_back(out)
             masks.append(mask)
         if self.recorder is not None:
+            kv_exchange = self.kv_exchange(query, shards, dense=density >= 1.0)
             self.recorder.record(self.expert, self.layer, step, masks, kernel.info.name)
+            if kv_exchange is not None:
+                self.recorder.record_exchange(kv_exchange)
         return exchange.out
 
     def shards(self, grid: VideoGrid | tuple[int, int, int]) -> SequenceShards:
@@ -194,6 +224,21 @@ class SparseAttention:
             )
         return shards
 
+    def kv_exchange(self, query: Tensor, shards: SequenceShards, dense: bool = False) -> KVExchange | None:
+        """How keys and values go over the ring in such calls, and why so.
+
+        With `kv_exchange=auto` a call must have been made before, or `kernel_for` asked, for this device.
+
+        Args:
+            query, shards: as a call takes them.
+            dense: whether the call has no mask.
+
+        Returns:
+            The same on all ranks that share the sequence; None without a ring, or where the caller gathers keys.
+        """
+        ring_shards = shards.grouped(self.mesh.ulysses_degree).realigned(self.strategy.block)
+        return self.strategy.kv_exchange(query, dense, ring_shards)
+
     def kernel_for(self, device: torch.device, dtype: torch.dtype) -> Kernel:
         """The kernel that attends tensors of this kind, the same on all ranks; asking before the first call tells early
         that there is none. A collective call, the first time, on meshes of several ranks.
@@ -210,6 +255,8 @@ class SparseAttention:
             needs_lse = self.mesh.ring_degree > 1 or config.remainder != "drop"
             request = KernelRequest(device, dtype, self.head_dim, config.block_size, needs_lse)
             reasons = every_value(auto_reasons(request), groups) if config.backend == "auto" else None
+            if isinstance(self.strategy, AutoKVStrategy) and self.mesh.ring_group is not None:
+                self._exchange_plan.meet(self.mesh, device, groups)
             # All layers choose alike: the first tells.
             self._kernels[device, dtype] = _on_all_ranks(
                 lambda: select_kernel(config.backend, request, self.layer == 0, reasons), groups
@@ -262,9 +309,14 @@ class SparseAttention:
             )
 
 
-def _load(config: SparseAttentionConfig, mesh: SequenceParallelMesh) -> Selector:
-    """The selector, once the kernel has been found to load."""
-    if mesh.ring_degree > 1:
+def load_names(config: SparseAttentionConfig, ring_degree: int) -> Selector:
+    """The selector that a configuration names, once its kernel was found to load and to give what the ring and the
+    remainder need.
+
+    Raises:
+        ValueError: a name that stands for nothing here, or a kernel without the LSE that is needed.
+    """
+    if ring_degree > 1:
         check_returns_lse(config.backend, "ring parallelism needs to merge its hops", "ring_degree=1")
     elif config.remainder != "drop":
         check_returns_lse(config.backend, f"remainder={config.remainder!r} needs to be merged", "remainder='drop'")

@@ -14,7 +14,7 @@ from sp_sparse.flags import add_flags, check_numbers, flag_of, option
 from sp_sparse.schedule import SCHEDULES, Schedule
 from sp_sparse.video import TOKEN_ORDERS
 
-KV_EXCHANGES = ("ring", "all_gather")
+KV_EXCHANGES = ("auto", "ring", "all_gather")
 REMAINDERS = ("drop", "mean", "linear")
 
 # Settings by name. Each is as if its values were given; what is given beside it goes before.
@@ -55,7 +55,13 @@ def _table(text: str) -> tuple[tuple[float, ...], ...]:
 def _rows(rows: Any) -> tuple[tuple[float, ...], ...]:
     if rows and not isinstance(rows[0], (list, tuple)):
         rows = [rows]
-    return tuple(tuple(float(entry) for entry in row) for row in rows)
+    return tuple(tuple(map(_density, row)) for row in rows)
+
+
+def _density(entry: Any) -> float:
+    if isinstance(entry, bool):
+        raise ValueError(f"{entry} in a schedule table is not a number; give densities in (0, 1]")
+    return float(entry)
 
 
 @dataclass(frozen=True)
@@ -106,8 +112,9 @@ class SparseAttentionConfig:
     )
     token_order: str = option("raster", "order of the tokens, hence which share a block", choices=TOKEN_ORDERS)
     kv_exchange: str = option(
-        "ring",
-        "how ring ranks come by the others' keys and values: one shard a hop, or all at once",
+        "auto",
+        "how ring ranks come by the others' keys and values: one shard a hop (ring), all at once (all_gather), or as the "
+        "ranks, their nodes and the memory have it (auto)",
         choices=KV_EXCHANGES,
     )
 
@@ -140,26 +147,31 @@ class SparseAttentionConfig:
             table = self.schedule_table_2 or (table if kind == "table" else ())
         return Schedule(topk, kind, table, self.dense_steps, self.dense_layers)
 
-    def check_read(self, names: Collection[str]) -> None:
+    def check_read(self, names: Collection[str], preset: str | None = None) -> None:
         """Refuse those of the fields `names`, which were asked for, that nothing reads beside the others.
+
+        Args:
+            names: of the fields that were given.
+            preset: the name of the one whose values the others are, if one was given.
 
         Raises:
             ValueError: with what to leave out.
         """
+        asked = {*names, *PRESETS.get(preset or "", ())}
         tables = [self.schedule_for(expert).kind == "table" for expert in (0, 1)]
         for name, is_table in (("topk", tables[0] and (tables[1] or self.topk_2 is not None)), ("topk_2", tables[1])):
             value = getattr(self, name)
-            if name not in names or value is None:
+            if name not in asked or value is None:
                 continue
             if is_table:
                 raise ValueError(
-                    f"{name}={value:g} changes nothing beside a schedule table, which has densities of its own; leave "
-                    f"{name} out, or choose another schedule"
+                    f"{name}={value:g} changes nothing beside a schedule table, which has densities of its own; "
+                    f"{_leave_out(name, name in names, preset)}, or choose another schedule"
                 )
             if self.selector == "window" and value < 1:
                 raise ValueError(
                     f"{name}={value:g} changes nothing with selector 'window', which keeps its blocks whatever the "
-                    f"density; leave {name} out, or choose selector 'topk'"
+                    f"density; {_leave_out(name, name in names, preset)}, or choose selector 'topk'"
                 )
 
     @classmethod
@@ -190,14 +202,20 @@ class SparseAttentionConfig:
         """From a namespace that `add_flags` filled, refusing a flag that nothing reads beside the others."""
         given = vars(namespace)
         names = [*(entry.name for entry in fields(cls)), "preset"]
-        values = _with_preset({name: given[FLAG_PREFIX + name] for name in names if FLAG_PREFIX + name in given})
-        config = cls(**values)
-        try:
-            config.check_read(values)
-        except ValueError as error:
-            preset = given.get(f"{FLAG_PREFIX}preset")
-            raise ValueError(f"{error}; it comes with preset {preset!r}" if preset else str(error)) from None
+        values = {name: given[FLAG_PREFIX + name] for name in names if FLAG_PREFIX + name in given}
+        config = cls(**_with_preset(values))
+        config.check_read(values, values.get("preset"))
         return config
+
+
+def _leave_out(name: str, given: bool, preset: str | None) -> str:
+    """What to leave out so that nothing gives the field `name`."""
+    brought = PRESETS.get(preset or "", {})
+    if name not in brought:
+        return f"leave {name} out"
+    rest = ", ".join(f"{other} {value}" for other, value in brought.items() if other not in (name, "schedule"))
+    what = f"{name} and preset {preset!r}" if given else f"preset {preset!r}"
+    return f"leave out {what}, which brings {name}, and give the rest of it ({rest})"
 
 
 def _with_preset(values: Mapping[str, Any]) -> dict[str, Any]:

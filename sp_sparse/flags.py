@@ -99,7 +99,7 @@ def add_flags(parser: argparse._ActionsContainer, kind: type[Any], prefix: str =
     """Add the flags of `kind`, `_` for `-` accepted; one that is not given stays absent from the namespace."""
     for entry in options_of(kind):
         name, text = prefix + entry.name, entry.metadata["help"]
-        how: dict[str, Any] = {"type": entry.metadata["parse"], "choices": entry.metadata["choices"] or None}
+        how: dict[str, Any] = {"type": _reads(entry.metadata["parse"]), "choices": entry.metadata["choices"] or None}
         if entry.metadata["parse"] is bool:
             how = {"action": "store_true"}
         elif entry.metadata["many"]:
@@ -112,14 +112,27 @@ def add_flags(parser: argparse._ActionsContainer, kind: type[Any], prefix: str =
             parser.add_argument(f"--{name}", help=argparse.SUPPRESS, **how)
 
 
+def _reads(parse: Any) -> Any:
+    """`parse`, whose errors argparse would otherwise tell by its name."""
+    if isinstance(parse, type):
+        return parse
+
+    def read(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, TypeError) as error:
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be read ({error})") from error
+
+    return read
+
+
 def parse_flags(
     command: str, description: str | None, kinds: Kinds, argv: Sequence[str] | None
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What the command line gives, and what the `--config` file that it names gives.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that cannot be read.
-        OSError: a configuration file that cannot be read.
+        ValueError: an unknown flag or key, or a file or value that cannot be read.
     """
     parser = _Parser(prog=command, description=description, allow_abbrev=False)
     parser.add_argument("--config", help="YAML or JSON file with the same names as the flags, which override it")
@@ -129,7 +142,11 @@ def parse_flags(
     path = given.pop("config")
     if path is None:
         return given, {}
-    values = vars(parser.parse_args(_config_flags(Path(path), kinds)))
+    flags = _config_flags(Path(path), kinds)
+    try:
+        values = vars(parser.parse_args(flags))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     values.pop("config")
     return given, values
 
@@ -150,20 +167,33 @@ def _config_flags(path: Path, kinds: Kinds) -> list[str]:
         raise ValueError(f"{path} has unknown keys {', '.join(unknown)}; known are {', '.join(sorted(known))}")
     flags = []
     for name, value in values.items():
-        is_switch = known[name].metadata["parse"] is bool
+        parse = known[name].metadata["parse"]
+        is_switch = parse is bool
         if is_switch and not isinstance(value, bool):
             raise ValueError(f"{path}: {name} is {value!r}; write true or false")
+        if value is not None and parse is str and not isinstance(value, str):
+            # YAML reads yes and 0123 as true and 83.
+            raise ValueError(f"{path}: {name} is {value!r}, not a text; write it in quotes")
+        if isinstance(value, dict):
+            raise ValueError(f"{path}: {name} is {value!r}; write one value, or a list of them")
         if is_switch and value:
             flags.append(flag_of(name))
         elif not is_switch and value is not None:
-            flags.append(f"{flag_of(name)}={json.dumps(value) if isinstance(value, list) else value}")
+            flags.append(f"{flag_of(name)}={json.dumps(value, default=str) if isinstance(value, list) else value}")
     return flags
 
 
 def _read_mapping(path: Path) -> dict[Any, Any]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        told = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ValueError(f"--config {path} cannot be read ({told}); give a YAML or JSON file") from error
     if path.suffix == ".json":
-        values = json.loads(text)
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f'{path} is not JSON ({error}); write {{"flag": value}}') from error
     else:
         try:
             import yaml
@@ -174,7 +204,7 @@ def _read_mapping(path: Path) -> dict[Any, Any]:
         try:
             values = yaml.safe_load(text) or {}
         except yaml.YAMLError as error:
-            raise ValueError(f"{path} is not YAML: {error}") from error
+            raise ValueError(f"{path} is not YAML ({error}); write one `flag: value` a line") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds a {type(values).__name__}; write one `flag: value` a line")
     return values

@@ -1,4 +1,4 @@
-"""What really ran: calls, kernels and densities, measured from the masks and not from what was asked for."""
+"""What really ran: calls, kernels, exchanges and densities, measured from the masks and not from what was asked for."""
 
 from __future__ import annotations
 
@@ -32,6 +32,7 @@ class AttentionRecorder:
     keep_masks: bool = False
     masks: list[tuple[int, int, int | None, BlockMask]] = field(default_factory=list)
     _calls: Counter[str] = field(default_factory=Counter)
+    _exchanges: Counter[tuple[str, str]] = field(default_factory=Counter)
     _dense: Counter[_Place] = field(default_factory=Counter)
     _attended: dict[_Place, Tensor] = field(default_factory=dict)
     _possible: Counter[_Place] = field(default_factory=Counter)
@@ -53,13 +54,18 @@ class AttentionRecorder:
             batch, heads, _ = mask.counts.shape
             self._possible[place] += batch * heads * mask.query_length * mask.key_length
 
+    def record_exchange(self, kv_exchange: tuple[str, str]) -> None:
+        """Note how a call's keys and values went over a ring, and why so."""
+        self._exchanges[kv_exchange] += 1
+
     def clear(self) -> None:
         """Forget everything, as for another video."""
-        for collected in (self.masks, self._calls, self._dense, self._attended, self._possible):
+        for collected in (self.masks, self._calls, self._exchanges, self._dense, self._attended, self._possible):
             collected.clear()
 
     def summary(self, groups: Sequence[ProcessGroup] = ()) -> dict[str, Any]:
-        """Calls by kernel on this rank, and the density of each expert, layer and step over all ranks of `mesh.groups`.
+        """Calls by kernel and by key/value exchange on this rank, and the density of each expert, layer and step over all
+        ranks of `mesh.groups`.
 
         A collective call where there are groups; it synchronises with the device.
         """
@@ -81,7 +87,10 @@ class AttentionRecorder:
             }
             for place, (attended, possible, dense) in sorted(totals.items(), key=_in_order)
         ]
-        return {"calls": dict(self._calls), "densities": densities}
+        exchanges = [
+            {"name": name, "reason": reason, "calls": calls} for (name, reason), calls in self._exchanges.items()
+        ]
+        return {"calls": dict(self._calls), "kv_exchange": exchanges, "densities": densities}
 
 
 def _sum_by_place(parts: Sequence[dict[_Place, _Totals]]) -> dict[_Place, _Totals]:

@@ -12,5 +12,12 @@ def brightness(frames: Tensor, prompt: str) -> float:
     return float(frames.mean()) if prompt else 0.0
 
 
+NO_CHECK = "a text"
+
+
+def broken(frames: Tensor, prompt: str) -> float:
+    raise KeyError(prompt)
+
+
 def wrong(frames: Tensor, prompt: str) -> float:
     return 2.0

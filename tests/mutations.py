@@ -34,8 +34,8 @@ WHOLE_LIMIT_S = 1800
 
 @dataclass(frozen=True)
 class Mutation:
-    """`old` becomes `new` in `sp_sparse/<file>`; `tests` are names of test files without `test_` and `.py`, such as
-    `ring` or `serving/api`."""
+    """`old` becomes `new` in `sp_sparse/<file>`, or in `file` where that begins with `launch/`; `tests` are names of test
+    files without `test_` and `.py`, such as `ring` or `serving/api`."""
 
     what: str
     file: str
@@ -1097,6 +1097,20 @@ MUTATIONS = (
         "mesh_invariant",
     ),
     Mutation(
+        "the exchange is chosen by a rank's own memory",
+        "parallel/kv_exchange.py",
+        "min(memories) if len(memories) == len(told) else None",
+        "_memory(device)",
+        "kv_exchange",
+    ),
+    Mutation(
+        "the exchange is chosen by a rank's own heads",
+        "parallel/auto_kv.py",
+        "max(self.heads(self.num_heads))",
+        "like.shape[2]",
+        "kv_exchange",
+    ),
+    Mutation(
         "gathered keys: missing wait",
         "parallel/all_gather_kv.py",
         "        work.wait()",
@@ -1187,7 +1201,7 @@ MUTATIONS = (
     Mutation(
         "kernel without LSE taken for ring",
         "attention.py",
-        "if mesh.ring_degree > 1:\n        check",
+        "if ring_degree > 1:\n        check",
         "if False:\n        check",
         "registry",
     ),
@@ -1526,6 +1540,203 @@ MUTATIONS = (
         "",
         "fidelity",
     ),
+    # Quality against density: what tables, plots and docs/quality.md tell
+    Mutation(
+        "a difference is the baseline's gain",
+        "fidelity/statistics.py",
+        "return {place: a - b for",
+        "return {place: b - a for",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "the interval leaves out one end alone",
+        "fidelity/statistics.py",
+        "((1 - LEVEL) / 2, (1 + LEVEL) / 2)",
+        "(0.0, LEVEL)",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "each prompt is drawn once, and no interval has a width",
+        "fidelity/statistics.py",
+        "size=RESAMPLES)",
+        "size=RESAMPLES) ** 0",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "an interval above 0 alone is told from 0",
+        "fidelity/statistics.py",
+        "(self.low > 0.0 or self.high < 0.0)",
+        "self.low > 0.0",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "the density where a curve first is good enough, though it falls again",
+        "fidelity/statistics.py",
+        "in reversed(list(zip(points[:-1], points[1:], strict=True))):",
+        "in zip(points[:-1], points[1:], strict=True):",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "the last density that is just good enough, not the first",
+        "fidelity/statistics.py",
+        "        if value < quality:\n",
+        "        if value <= quality:\n",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "a curve that is too bad everywhere is taken for one that is better",
+        "fidelity/statistics.py",
+        "return points[-1][0], 1.0",
+        "return 0.0, points[-1][0]",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "points of a curve in the order of measurement",
+        "fidelity/statistics.py",
+        "points = sorted(curve)",
+        "points = list(curve)",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "a curve of equal quality has videos of its own",
+        "fidelity/summary.py",
+        "curve = [(one.density, _mean(one, shared)) for one in rows]",
+        'curve = [(one.density, one.mean("psnr")) for one in rows]',
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "the baseline of equal quality has videos of its own",
+        "fidelity/summary.py",
+        "math.isfinite(psnr := _mean(twin, shared))",
+        'math.isfinite(psnr := twin.mean("psnr"))',
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "equal quality at the density that was asked for, not the measured one",
+        "fidelity/summary.py",
+        "curve = [(one.density, ",
+        "curve = [(one.setting.density, ",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "dense attention as a baseline of equal quality",
+        "fidelity/summary.py",
+        "or twin is row or twin.density >= 1.0:",
+        "or twin is row:",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "a baseline gains over itself",
+        "fidelity/summary.py",
+        "if twin != key else {}",
+        "if True else {}",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "equal videos have no PSNR",
+        "fidelity/summary.py",
+        "value = math.inf",
+        "value = None",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "the reference equals itself",
+        "fidelity/summary.py",
+        ' and line["kind"] != DENSE:',
+        ":",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "one slow video sets the seconds of a setting",
+        "fidelity/summary.py",
+        "seconds=median(",
+        "seconds=fmean(",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "settings of a variant by descending density",
+        "fidelity/summary.py",
+        "(variants.index(setting.variant), setting.density)",
+        "(variants.index(setting.variant), -setting.density)",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "a difference that may be 0 has its star",
+        "fidelity/tables.py",
+        "if signed and found.excludes_zero else",
+        "if signed else",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "a density that is not reached is told as one that is",
+        "fidelity/tables.py",
+        'f"below {high:.3f}" if low == 0.0 else f"above {low:.3f}"',
+        'f"below {high:.3f}"',
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "intervals over a few prompts are told without a warning",
+        "fidelity/tables.py",
+        "if summary.prompts < _FEW_PROMPTS else",
+        "if False else",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "a setting's twin is the first setting",
+        "fidelity/plan.py",
+        "return replace(setting, **self.parts)",
+        "return replace(setting, density=0.1, **self.parts)",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "the same setting is made twice",
+        "fidelity/plan.py",
+        "dict.fromkeys(Setting(**dict(zip(names, values, strict=True))) for values in combinations)",
+        "Setting(**dict(zip(names, values, strict=True))) for values in combinations",
+        "fidelity_statistics",
+    ),
+    Mutation(
+        "docs/quality.md: speed beyond the densities that were timed",
+        "launch/benchmarks/quality.py",
+        "_BEYOND = 0.02",
+        "_BEYOND = 0.4",
+        "quality",
+    ),
+    Mutation(
+        "docs/quality.md: the time of a density is that of the next one below",
+        "launch/benchmarks/quality.py",
+        "return first + (density - low) / (high - low) * (last - first)",
+        "return first",
+        "quality",
+    ),
+    Mutation(
+        "docs/quality.md: a bound is told as an equal quality",
+        "launch/benchmarks/quality.py",
+        '("", "") if low == high else ("≤ ", "≥ ")',
+        '("", "")',
+        "quality",
+    ),
+    Mutation(
+        "docs/quality.md: intervals of a few videos",
+        "launch/benchmarks/quality.py",
+        "_FEW = 6",
+        "_FEW = 2",
+        "quality",
+    ),
+    Mutation(
+        "docs/quality.md: settings of several selectors in one curve",
+        "launch/benchmarks/quality.py",
+        "return not setting or replace(setting, **usual) == setting",
+        "return True",
+        "quality",
+    ),
+    Mutation(
+        "docs/quality.md: an all-gather layer is timed as a ring",
+        "launch/benchmarks/quality.py",
+        'if row.get("kv_exchange") != "all_gather":',
+        "if True:",
+        "quality",
+    ),
     # What a command tells
     Mutation(
         "what one rank cannot import stays on it",
@@ -1742,7 +1953,7 @@ MUTATIONS = (
     ),
     Mutation(
         "a share of a disk is never full",
-        "serve/disk.py",
+        "generate/files.py",
         "errno.ENOSPC, errno.EDQUOT",
         "errno.ENOSPC,",
         "serving/disk",
@@ -2188,7 +2399,8 @@ def run(mutation: Mutation) -> str:
         for name in ("sp_sparse", "launch", "tests"):
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "pyproject.toml", tree)
-        source = tree / "sp_sparse" / mutation.file
+        (tree / "docs").symlink_to(ROOT / "docs")
+        source = tree / (mutation.file if mutation.file.startswith("launch/") else f"sp_sparse/{mutation.file}")
         text = source.read_text() if source.exists() else ""
         if text.count(mutation.old) != 1:
             return "stale"

@@ -362,7 +362,16 @@ def test_scaling_script(tmp_path: Path) -> None:
     assert job.returncode == 0, job.stdout + job.stderr
     (invariant,) = tmp_path.glob("*_x2_invariant.jsonl")
     rows = [json.loads(line) for line in invariant.read_text().splitlines()]
-    assert [(row["ulysses"], row["ring"], row["masks_identical"]) for row in rows] == [(1, 2, True), (2, 1, True)]
+    assert [(row["ulysses"], row["ring"], row["kv_exchange"], row["masks_identical"]) for row in rows] == [
+        (1, 2, "ring", True),
+        (1, 2, "all_gather", True),
+        (2, 1, None, True),
+    ]
+    layers = [row for path in tmp_path.glob("*_x2_attention.jsonl") for row in _read(path)]
+    assert {row["kv_exchange"] for row in layers if row["ring"] == 2 and row["kernel"] != "dense"} == {
+        "ring",
+        "all_gather",
+    }
     table = (tmp_path / "plots" / "scaling.md").read_text()
     assert [line.split(" | ")[5] for line in table.splitlines()[2:]] == ["U2×R1", "U1×R2"] * 3
 

@@ -101,14 +101,28 @@ def test_densities_of_presets_fall() -> None:
         ),
         (
             ("--sparse-attn-schedule=table", "--sparse-attn-schedule-table=1,0.2"),
-            r"topk=0.1 changes nothing beside a schedule table.*; it comes with preset 'fast'$",
+            r"topk=0.1 changes nothing beside a schedule table.*; leave out preset 'fast', which brings topk, and give the "
+            r"rest of it \(backend auto, remainder linear\), or choose another schedule$",
         ),
-        (("--sparse-attn-selector=window",), "topk=0.1 changes nothing with selector 'window'.*preset 'fast'$"),
+        (
+            ("--sparse-attn-selector=window", "--sparse-attn-topk=0.4"),
+            "topk=0.4 changes nothing with selector 'window'.*; leave out topk and preset 'fast', which brings topk, and",
+        ),
+        (
+            ("--sparse-attn-schedule-2=table", "--sparse-attn-schedule-table-2=0.5", "--sparse-attn-topk-2=0.2"),
+            "topk_2=0.2 changes nothing beside a schedule table.*; leave topk_2 out, or choose another schedule$",
+        ),
     ],
 )
 def test_contradictions_of_presets(more: tuple[str, ...], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         _parse("--sparse-attn-preset", "fast", *more)
+
+
+def test_a_truth_value_is_no_density() -> None:
+    for values in ({"topk": True}, {"schedule": "table", "schedule_table": [1, True]}):
+        with pytest.raises(ValueError, match=r"True .*is not a .*number; give"):
+            SparseAttentionConfig.from_mapping(values)
 
 
 def test_unknown_preset() -> None:

@@ -95,6 +95,7 @@ def _check_line(line: dict[str, Any]) -> None:
             "setting",
             "finite",
             "calls",
+            "kv_exchange",
             "mesh",
             "batch",
             "model",
@@ -109,6 +110,7 @@ def _check_line(line: dict[str, Any]) -> None:
     assert (line["ssim"] is None) == (line["kind"] == "dense")
     assert line["finite"]
     assert 0 <= line["caption"] <= 1
+    assert line["kv_exchange"] == []
     assert line["mesh"] == {"ulysses": 1, "ring": 1, "cfg": 1}
     assert {"python", "torch", "sp_sparse", "diffusers", "torchmetrics"} <= set(line["versions"])
     assert (line["setting"] is None) == (line["kind"] != "sparse")
@@ -334,11 +336,12 @@ def test_a_full_disk_is_told_and_gone_on_from(
     assert len(_lines(tmp_path)) == 6
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_under_the_frames(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     def full(*_: Any, **__: Any) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(np, "savez_compressed", full)
     assert "is full; free some room" in _error(capsys, *_flags(tmp_path))
@@ -421,7 +424,46 @@ def test_another_last_frame_does_not_go_into_the_same_folder(
 def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "fidelity.jsonl").write_text("{}\n")
-    assert "fidelity.jsonl:1 cannot be read ('setting'); remove this line" in _error(capsys, *_flags(tmp_path))
+    assert "fidelity.jsonl:1 cannot be read ('kind'); remove this line" in _error(capsys, *_flags(tmp_path))
+
+
+def test_a_remainder_that_the_kernel_cannot_merge_is_refused_before_anything_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "load_pipeline", lambda *_: pytest.fail("weights are read"))
+    flags = ["--sparse-attn-backend", "tests.test_remainder:NoLse", "--remainders", "drop,linear"]
+    told = _error(capsys, *_flags(tmp_path, *flags))
+    assert "'tests.test_remainder:NoLse' returns no LSE, which remainder='linear' needs to be merged; use fa4" in told
+    assert told.endswith("or remainder='drop'")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("run.json", b"{", "run.json cannot be read (Expecting property name"),
+        ("run.json", b"[]", "run.json holds a list, not what a run was begun with; give another --output"),
+        ("run.json", None, "run.json cannot be read (Is a directory); give another --output"),
+        ("fidelity.jsonl", None, "cannot be used (Is a directory); give another --output"),
+        (
+            "fidelity.jsonl",
+            b"\xff\xfe\n",
+            "fidelity.jsonl:1 cannot be read (Expecting value: line 1 column 1 (char 0)); remove",
+        ),
+        (
+            "fidelity.jsonl",
+            b'{"kind": "dense", "prompt": "a", "seed": 0, "setting": null}\n',
+            "fidelity.jsonl:1 cannot be read ('density'); remove this line, and its video is made again",
+        ),
+    ],
+)
+def test_a_folder_that_something_else_wrote(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, expected: str
+) -> None:
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.mkdir() if content is None else path.write_bytes(content)
+    assert expected in _error(capsys, *_flags(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -429,18 +471,27 @@ def test_a_broken_line_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str
     [
         (["--prompts", ""], "--prompts is missing; give a file with one prompt a line"),
         (["--output", ""], "--output is missing; give a folder for the results"),
-        (["--prompts", "missing.txt"], "missing.txt"),
+        (
+            ["--prompts", "missing.txt"],
+            "--prompts missing.txt cannot be read (No such file or directory); give a text file",
+        ),
+        (["--output", __file__], f"--output {__file__} cannot be used (Not a directory); give another --output"),
         (["--prompts", "lines.jsonl"], "give a text file with one prompt a line"),
         (["--selectors", "topk,best"], "unknown selector 'best'; use one of topk"),
         (["--remainders", "drop,guess"], "remainder='guess' is not known; use one of drop, mean, linear"),
         (["--orders", "raster,spiral"], "token_order='spiral' is not known; use one of raster, tile, hilbert"),
         (["--densities", "0.1,0"], "topk 0.0 is outside (0, 1]"),
-        (["--densities", "much"], "--densities: invalid"),
+        (["--densities", "much"], "--densities: 'much' cannot be read"),
         (["--block-sizes", "4"], "block_size (4, 4): each of (query, key) must be in [8, 256]"),
         (["--dense-steps", "2"], "--dense-steps 2 leaves none of 2 steps sparse; use fewer"),
         (["--seeds", "0"], "--seeds 0 is below 1"),
         (["--baseline", "remainder=linear"], "remainder 'linear' is not measured; use one of drop"),
         (["--caption-check", "tests.fidelity_captions:missing"], "cannot be loaded"),
+        (["--caption-check", "tests.fidelity_captions:NO_CHECK"], "NO_CHECK is a str; give package.module:function"),
+        (
+            ["--caption-check", "tests.fidelity_captions:broken"],
+            "--caption-check failed for 'a red ball rolls to the left' (KeyError: 'a red ball rolls to the left'); mend it",
+        ),
         (["--caption-check", "tests.fidelity_captions:wrong"], "--caption-check gave 2.0 for 'a red ball"),
         (["--sparse-attn-backend", "none"], "leaves attention dense, which is rendered anyhow; use auto"),
         (["--ring-degree", "2"], "2 ranks are asked for, but 1 run"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_only_the_same_prompt_and_seed_are_paired() -> None:
         (19.0, [(0.1, 20.0), (0.3, 24.0)], (0.0, 0.1)),
         (25.0, [(0.1, 20.0), (0.3, 24.0)], (0.3, 1.0)),
         (21.0, [(0.1, 22.0), (0.2, 20.0), (0.3, 22.0)], (0.25, 0.25)),
+        (22.0, [(0.1, 20.0), (0.2, 24.0), (0.3, 20.0), (0.4, 24.0)], (0.35, 0.35)),
+        (22.0, [(0.1, 20.0), (0.2, 22.0), (0.3, 22.0), (0.4, 24.0)], (0.2, 0.2)),
         (21.0, [(0.1, 20.0), (1.0, math.inf)], (1.0, 1.0)),
         (math.inf, [(0.1, 20.0), (1.0, math.inf)], (1.0, 1.0)),
     ],
@@ -113,6 +116,7 @@ def test_settings_are_the_product_and_survive_json() -> None:
     assert [(s.remainder, s.density) for s in settings] == [
         ("drop", 0.1), ("drop", 0.3), ("linear", 0.1), ("linear", 0.3)
     ]  # fmt: skip
+    assert replace(LISTS, density=(0.1, 0.3, 0.1)).settings() == settings, "a value that is given twice is made once"
     assert [Setting.from_json(s.to_json()) for s in settings] == list(settings)
     assert list(labels(settings).values())[1] == "topk, drop, d=0.3"
 
@@ -178,9 +182,52 @@ def test_summary_by_hand() -> None:
 
 def test_equal_quality_is_over_the_videos_that_both_have() -> None:
     """As after a run that was stopped: the easier of two prompts alone says nothing against both."""
-    lines = [x for x in _lines() if x["prompt"] == "b" or x["setting"]["remainder"] == "drop"]
-    equal = summarize(lines, LISTS.baseline(None)).equal_quality()
-    assert [(e.psnr, e.needed) for e in equal] == [(21.0, (0.0, 0.1)), (25.0, pytest.approx((0.2, 0.2)))]
+    for easier, full, psnr in (("b", "drop", 21.0), ("a", "linear", 20.0)):
+        lines = [x for x in _lines() if x["prompt"] == easier or x["setting"]["remainder"] == full]
+        equal = summarize(lines, LISTS.baseline(None)).equal_quality()
+        assert [(e.psnr, e.needed) for e in equal] == [(psnr, (0.0, 0.1)), (psnr + 4, pytest.approx((0.2, 0.2)))]
+
+
+def test_equal_quality_is_at_measured_densities() -> None:
+    """Masks keep whole blocks, and what is always kept: 0.1 was asked for, and 0.15 was measured."""
+    lines = [{**line, "density": line["density"] + 0.05} for line in _lines()]
+    _, second = summarize(lines, LISTS.baseline(None)).equal_quality()
+    assert (second.density, second.needed) == (pytest.approx(0.35), pytest.approx((0.25, 0.25)))
+
+
+def test_what_equal_quality_says_of_a_variant_that_is_worse() -> None:
+    table = equal_quality_table(summarize(_lines(), LISTS.baseline("remainder=linear")))
+    assert [row[3] for row in table.rows] == ["0.200", "above 0.300"]
+
+
+def test_dense_attention_as_a_setting_needs_no_equal() -> None:
+    lines = [{**x, "density": 1.0, "psnr": 90.0} if x["density"] == 0.3 else x for x in _lines()]
+    assert [e.density for e in summarize(lines, LISTS.baseline(None)).equal_quality()] == [0.1]
+
+
+def test_videos_without_a_difference() -> None:
+    """A PSNR that is none is infinite: the floor is equal to the reference here. The reference itself has none."""
+    line = {**_lines()[0], "setting": None, "density": 1.0, "psnr": None}
+    summary = summarize([{**line, "kind": "dense"}, {**line, "kind": "floor"}, *_lines()], LISTS.baseline(None))
+    dense, floor, *_ = summary.rows
+    assert dense.means["psnr"] is None
+    assert floor.means["psnr"] == Estimate(math.inf, None, None, 1)
+    psnr = quality_table(summary).header.index("PSNR dB")
+    assert [row[psnr] for row in quality_table(summary).rows[:2]] == ["–", "∞"]
+
+
+def test_one_slow_video_is_not_what_a_setting_takes() -> None:
+    slow = [
+        {**line, "prompt": str(number), "seconds": 1.0 if number else 100.0} for number, line in enumerate(_lines())
+    ]
+    same = [{**line, "setting": slow[0]["setting"]} for line in slow]
+    assert summarize(same, LISTS.baseline(None)).rows[0].seconds == 1.0
+
+
+@pytest.mark.parametrize(("prompts", "few"), [(19, True), (20, False)])
+def test_intervals_over_few_prompts_are_told(prompts: int, few: bool) -> None:
+    lines = [{**_lines()[0], "prompt": str(number)} for number in range(prompts)]
+    assert ("too narrow with so few" in quality_table(summarize(lines, LISTS.baseline(None))).note) is few
 
 
 @pytest.mark.parametrize("floor", [28.0, 100.0, None])

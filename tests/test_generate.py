@@ -23,6 +23,7 @@ from sp_sparse.fidelity.arguments import FidelityArguments
 from sp_sparse.generate.__main__ import main
 from sp_sparse.generate.arguments import parse_arguments
 from sp_sparse.generate.asked import fill_defaults
+from sp_sparse.generate.files import whole_file
 from sp_sparse.generate.mini import mini_folder
 from sp_sparse.generate.models import find_model
 from sp_sparse.generate.prompts import wanted_videos
@@ -256,10 +257,12 @@ def test_lora_of_each_expert(tmp_path: Path) -> None:
         ),
         (["--prompt-file", str(ROOT)], r"cannot be read \(Is a directory\)"),
         (["--output", f"{__file__}/video.mp4"], "cannot be written .*choose another path"),
+        (["--sparse-attn-backend", "os:getcwd"], "'os:getcwd' is no class with missing, __call__; give package"),
+        (["--model", ""], "--model is empty; give mini, another name of --help, a folder, or a hub id"),
+        (["--lora", __file__], "cannot be read .it is no file of weights.; give LoRA weights"),
         (["--model", str(ROOT / "tests")], "has no model_index.json"),
         (["--model", "tiny", "--image", __file__], "makes videos from text alone"),
         (["--lora-2", "x", "--model", "tiny-ti2v"], "which tiny-ti2v has not"),
-        (["--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )
 def test_refusals(
@@ -270,10 +273,53 @@ def test_refusals(
     assert not list(tmp_path.rglob("*.mp4"))
 
 
+def test_a_device_is_not_replaced_by_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    link = tmp_path / "zero.mp4"
+    link.symlink_to("/dev/zero")
+    told = _error(capsys, "--model", "tiny", "--output", str(link))
+    assert "zero.mp4 cannot be written (it is no regular file); choose another path" in told
+    with (
+        pytest.raises(OSError, match=r"zero.mp4 is no regular file; choose another path"),
+        whole_file(link) as temporary,
+    ):
+        temporary.touch()
+    assert link.is_char_device()
+
+
 def test_a_prompt_file_in_another_encoding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "prompts.txt").write_bytes("ein Bär".encode("latin-1"))
     told = _error(capsys, "--model", "tiny", "--prompt-file", str(tmp_path / "prompts.txt"))
     assert "prompts.txt cannot be read (it is not UTF-8); give a text file in UTF-8" in told
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("missing.yaml", None, "missing.yaml cannot be read (No such file or directory); give a YAML or JSON file"),
+        (".", None, " cannot be read (Is a directory); give a YAML or JSON file"),
+        ("job.yaml", b"prompt: caf\xe9", "job.yaml cannot be read (it is not UTF-8); give a YAML or JSON file"),
+        ("job.json", b'{"seed": ', 'is not JSON (Expecting value: line 1 column 10 (char 9)); write {"flag": value}'),
+        ("job.yaml", b"a: [1\nb: }", "; write one `flag: value` a line"),
+        ("job.yaml", b"- 1", "job.yaml holds a list; write one `flag: value` a line"),
+        # What YAML reads otherwise than it was meant, and what is no single value.
+        ("job.yaml", b"prompt: yes", "job.yaml: prompt is True, not a text; write it in quotes"),
+        ("job.yaml", b"prompt: 0123", "job.yaml: prompt is 83, not a text; write it in quotes"),
+        ("job.yaml", b"verify: off", "job.yaml: verify is False, not a text; write it in quotes"),
+        ("job.yaml", b"prompt: [a, b]", "job.yaml: prompt is ['a', 'b'], not a text; write it in quotes"),
+        ("job.yaml", b"num_frames: {a: 1}", "job.yaml: num_frames is {'a': 1}; write one value, or a list of them"),
+        # Truth values are no numbers.
+        ("job.yaml", b"seed: true", "job.yaml: argument --seed: invalid int value: 'True'"),
+        ("job.yaml", b"lora_scale: [true]", "argument --lora-scale: '[true]' cannot be read"),
+        ("job.yaml", b"sparse_attn_topk: true", "argument --sparse-attn-topk: invalid float value: 'True'"),
+        ("job.json", b'{"sparse_attn_schedule_table": [1, true]}', "True in a schedule table is not a number; give"),
+    ],
+)  # fmt: skip
+def test_what_a_configuration_file_cannot_say(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, content: bytes | None, told: str
+) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert told in _error(capsys, "--config", str(tmp_path / name))
 
 
 def test_unknown_key_in_the_configuration_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

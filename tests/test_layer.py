@@ -119,4 +119,4 @@ def test_recorder_measures_the_density_of_all_ranks() -> None:
 
 
 def test_recorder_without_calls() -> None:
-    assert AttentionRecorder().summary() == {"calls": {}, "densities": []}
+    assert AttentionRecorder().summary() == {"calls": {}, "kv_exchange": [], "densities": []}

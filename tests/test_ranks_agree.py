@@ -17,6 +17,7 @@ from sp_sparse import BlockMask, SequenceParallelMesh, SequenceShards, SparseAtt
 from sp_sparse.kernels import dense, registry
 from sp_sparse.kernels.base import KernelInfo
 from sp_sparse.kernels.reference import ReferenceKernel
+from sp_sparse.selection.topk import TopKSelector
 from tests.ranks import run_ranks, world_group
 
 GRID = (3, 5, 7)
@@ -47,7 +48,7 @@ class BrokenOnOneRank(ReferenceKernel):
             raise OSError("libcudart.so.13: cannot open shared object file")
 
 
-class SelectorOnOneRank:
+class SelectorOnOneRank(TopKSelector):
     """Rank 0 alone fails."""
 
     def __init__(self, config: SparseAttentionConfig) -> None:

@@ -118,10 +118,20 @@ def test_class_path() -> None:
         ("no_such_package:Kernel", "No module named 'no_such_package'"),
         ("tests.test_registry:NoSuchKernel", "NoSuchKernel"),
         ("tests.no_such_module:Kernel", "no_such_module"),
+        (":Kernel", "Empty module name"),
+        (".relative:Kernel", "relative import"),
     ],
 )
 def test_class_path_that_cannot_be_loaded(path: str, reason: str) -> None:
     with pytest.raises(ValueError, match=f"backend '{path}' cannot be loaded: .*{reason}"):
+        load_kernel(path)
+
+
+@pytest.mark.parametrize("path", ["os:getcwd", "os:sep", "collections:OrderedDict"])
+def test_what_is_no_kernel(path: str) -> None:
+    with pytest.raises(
+        ValueError, match=f"'{path}' is no class with missing, __call__; give .*, or use one of auto, none"
+    ):
         load_kernel(path)
 
 

@@ -107,6 +107,7 @@ def test_from_a_package_outside() -> None:
         ("best", {}, "unknown selector 'best'; use one of topk, subblock, window, broken, extremes, or a class path"),
         ("broken", {}, "selector 'broken' cannot be loaded: .*Absent"),
         ("no_such_package:Selector", {}, "selector 'no_such_package:Selector' cannot be loaded: No module named"),
+        ("json:dumps", {}, "selector 'json:dumps' is no class with summarize_queries, .*, select; give"),
         ("outside_selectors:Absent", {}, "cannot be loaded: .*Absent"),
         ("extremes", {"block_size": 256}, "extremes: blocks of 256 queries are too large; use 128"),
         ("window", {"keep_diagonal": False}, "could keep nothing; leave keep_diagonal on"),

@@ -128,6 +128,10 @@ def _found(model: Path | str, *flags: str) -> WanModel:
             [*SPARSE, "--sparse-attn-kv-exchange", "all_gather"],
             "all_gather is for ring ranks, and --ring-degree is 1; leave it out",
         ),
+        (
+            ["--sparse-attn-backend", "tests.test_remainder:NoLse", "--sparse-attn-remainder", "mean"],
+            "returns no LSE, which remainder='mean' needs to be merged; use .*, or remainder='drop'$",
+        ),
         (["--lora", "/nowhere/x.safetensors"], "--lora /nowhere/x.safetensors is no file.*give a .safetensors file"),
         (["--lora", "/nowhere/x"], "is no file, no folder and no hub id"),
         (["--lora", "tests/x.safetensors"], "is no file"),

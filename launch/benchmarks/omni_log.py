@@ -12,7 +12,7 @@ from pathlib import Path
 # As `SparseSelfAttention` tells it, once a layer, size of video, kind and density; layers but the first at DEBUG.
 _TOLD = re.compile(
     r"SP_SPARSE rank (?P<rank>\d+) layer (?P<layer>\d+), video \((?P<video>\d+, \d+, \d+)\) under (?P<mesh>.+?): "
-    r"(?:sparse by kernel (?P<kernel>\S+), density (?P<density>\S+)|dense by (?P<dense>.+))"
+    r"(?:sparse by kernel (?P<kernel>\S+), density (?P<density>\d[\d.]*)|dense by (?P<dense>.+))"
 )
 
 

@@ -19,7 +19,7 @@ from sp_sparse import SparseAttentionConfig
 from sp_sparse.config import REMAINDERS
 from sp_sparse.fidelity.plan import Baseline, Setting
 from sp_sparse.fidelity.plots import quality_plots
-from sp_sparse.fidelity.store import Item
+from sp_sparse.fidelity.store import NEEDED, Item
 from sp_sparse.fidelity.summary import EqualQuality, Row, Summary, summarize
 from sp_sparse.fidelity.tables import NONE, Table, told
 from sp_sparse.generate.files import whole_file
@@ -30,7 +30,6 @@ BEGIN, END = "<!-- begin: benchmark.py quality -->", "<!-- end: benchmark.py qua
 _BEYOND = 0.02
 # Videos, below which an interval says nothing.
 _FEW = 6
-_NEEDED = ("kind", "prompt", "seed", "setting", "density", "density_all", "psnr", "ssim", "seconds")
 
 
 def write_quality(fidelity: Sequence[Path], speeds: Sequence[Path], document: Path, folder: Path) -> list[Path]:
@@ -71,7 +70,7 @@ def read_fidelity(paths: Sequence[Path]) -> list[dict[str, Any]]:
         for number, text in enumerate(data.decode().splitlines(), 1):
             try:
                 line = json.loads(text)
-                found[Item.of_line({name: line[name] for name in _NEEDED})] = line
+                found[Item.of_line({name: line[name] for name in NEEDED})] = line
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{path} line {number} cannot be read ({error}); give a fidelity.jsonl that sp_sparse.fidelity wrote"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class FidelityArguments:
     keep_diagonal: tuple[bool, ...] = option((True,), "true, false, or both", _listed("keep_diagonal"))
     keep_first_frame: tuple[bool, ...] = option((False,), "true, false, or both", _listed("keep_first_frame"))
     sparse_attn_backend: str = same_option(SparseAttentionConfig, "backend", default="auto")
+    sparse_attn_kv_exchange: str = same_option(SparseAttentionConfig, "kv_exchange")
     baseline: str | None = option(
         None,
         "what the differences are taken to, such as remainder=drop,selector=topk: each setting is compared with the one "
@@ -118,7 +119,7 @@ class FidelityArguments:
         if not self.block_sizes:
             object.__setattr__(self, "block_sizes", (default_block_size(self.model),))
         for setting in self.settings:
-            setting.config(self.sparse_attn_backend)
+            self.config(setting)
         self.compared_with  # noqa: B018  a baseline that is not measured is told now
         self.base()
 
@@ -147,11 +148,19 @@ class FidelityArguments:
     def folder(self) -> Path:
         return Path(self.output)
 
+    def config(self, setting: Setting) -> SparseAttentionConfig:
+        """A setting as the layers take it.
+
+        Raises:
+            ValueError: values that the configuration refuses.
+        """
+        return replace(setting.config(self.sparse_attn_backend), kv_exchange=self.sparse_attn_kv_exchange)
+
     def base(self) -> GenerateArguments:
         """What all videos share, as `generate` takes it."""
         shared = {entry.name for entry in options_of(GenerateArguments)} & {entry.name for entry in fields(self)}
         shared -= {"output"}
-        sparse = self.settings[0].config(self.sparse_attn_backend)
+        sparse = self.config(self.settings[0])
         return GenerateArguments(
             **{name: getattr(self, name) for name in shared},
             prompt_file=self.prompts,
@@ -164,8 +173,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> FidelityArguments:
     """From the command line, over a `--config` file, over the defaults.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that is refused.
-        OSError: a configuration file that cannot be read.
+        ValueError: an unknown flag or key, a value that is refused, or a configuration file that cannot be read.
     """
     given, configured = parse_flags("fidelity", __doc__, {"": FidelityArguments}, argv)
     given = configured | given

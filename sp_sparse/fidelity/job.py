@@ -71,7 +71,7 @@ def _report(arguments: FidelityArguments, store: ResultStore, prompts: tuple[str
 
 
 def _prompts(base: GenerateArguments) -> tuple[str, ...]:
-    found = (video.arguments.prompt for video in wanted_videos(base))
+    found = (video.arguments.prompt for video in wanted_videos(base, "--prompts"))
     return tuple(dict.fromkeys(prompt for prompt in found if prompt is not None))  # a line always has one
 
 
@@ -85,7 +85,7 @@ def _check(arguments: FidelityArguments, ranks: Ranks) -> tuple[GenerateArgument
     """Refuse what can be refused before weights are read; the arguments with the model's own values for what is open."""
     base = with_mesh(arguments.base(), ranks)
     for setting in arguments.settings:
-        check_names(setting.config(arguments.sparse_attn_backend))
+        check_names(arguments.config(setting), base.ring_degree)
     caption_check = None if arguments.caption_check is None else load_caption_check(arguments.caption_check)
     model = checked_model(base, ranks)
     base = checked_video(base, model)

@@ -113,7 +113,13 @@ class Measurement:
     def _render_alone(self, items: Sequence[Item]) -> list[_Made]:
         with other_dense_kernel(self._renderer.pipe) if items[0].kind == FLOOR else nullcontext():
             result = self._renderer.denoise([(item.prompt, item.seed) for item in items])
-        told = {"density": 1.0, "density_all": 1.0, "calls": {}, "mesh": _mesh_told(SequenceParallelMesh())}
+        told = {
+            "density": 1.0,
+            "density_all": 1.0,
+            "calls": {},
+            "kv_exchange": [],
+            "mesh": _mesh_told(SequenceParallelMesh()),
+        }
         return self._decoded(items, result, told)
 
     def _decoded(self, items: Sequence[Item], result: Latents, told: dict[str, Any]) -> list[_Made]:
@@ -136,11 +142,16 @@ class Measurement:
 
     def _make_together(self, items: Sequence[Item], setting: Setting, missing: Collection[Item]) -> None:
         ranks, recorder = self._ranks, AttentionRecorder()
-        config = setting.config(self._arguments.sparse_attn_backend)
+        config = self._arguments.config(setting)
         with ranks.together(lambda: attach(self._renderer.pipe, config, self._mesh, recorder)):
             result = self._renderer.denoise([(item.prompt, item.seed) for item in items])
         summary = recorder.summary(self._mesh.groups)
-        told = {**_densities(summary["densities"]), "calls": summary["calls"], "mesh": _mesh_told(self._mesh)}
+        told = {
+            **_densities(summary["densities"]),
+            "calls": summary["calls"],
+            "kv_exchange": summary["kv_exchange"],
+            "mesh": _mesh_told(self._mesh),
+        }
         ranks.together(lambda: self._record(self._decoded(items, result, told), missing) if ranks.first else None)
 
     def _record(self, every: Iterable[_Made], missing: Collection[Item]) -> None:
@@ -190,7 +201,7 @@ class Measurement:
         steps = renderer.arguments.num_inference_steps
         assert steps is not None  # filled
         observer = MaskObserver(renderer.layers, setting.dense_steps, steps)
-        config = setting.config(self._arguments.sparse_attn_backend)
+        config = self._arguments.config(setting)
         with ranks.together(lambda: attach(renderer.pipe, config, self._mesh, observer)) as handle:
             observer.watch(handle.layers)
             renderer.denoise([(prompt, 0)])

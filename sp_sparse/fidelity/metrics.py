@@ -89,7 +89,7 @@ def load_caption_check(path: str) -> CaptionCheck:
     """The function that `package.module:function` names.
 
     Raises:
-        ValueError: it cannot be imported.
+        ValueError: it cannot be imported, or is no function.
     """
     module, _, name = path.partition(":")
     try:
@@ -98,6 +98,10 @@ def load_caption_check(path: str) -> CaptionCheck:
         raise ValueError(
             f"--caption-check {path} cannot be loaded ({error}); give package.module:function, importable from here"
         ) from error
+    if not callable(check):
+        raise ValueError(
+            f"--caption-check {path} is a {type(check).__name__}; give package.module:function, importable from here"
+        )
     return check
 
 
@@ -105,11 +109,16 @@ def check_caption(check: CaptionCheck | None, frames: Frames, prompt: str, devic
     """The share of the caption that a video shows, in [0, 1]; None without a check.
 
     Raises:
-        ValueError: the check gives something else.
+        ValueError: the check fails, or gives something else.
     """
     if check is None:
         return None
-    share = float(check(as_float(frames).to(device), prompt))
+    try:
+        share = float(check(as_float(frames).to(device), prompt))
+    except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
+        raise ValueError(
+            f"--caption-check failed for {prompt!r} ({type(error).__name__}: {error}); mend it, --debug shows where"
+        ) from error
     if not 0.0 <= share <= 1.0:
         raise ValueError(f"--caption-check gave {share} for {prompt!r}; it must give a share from 0 to 1")
     return share

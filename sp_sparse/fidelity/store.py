@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -16,10 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sp_sparse.fidelity.plan import Setting, key_of
-from sp_sparse.generate.files import whole_file
+from sp_sparse.generate.files import NO_ROOM, whole_file
 
 # What a line is about: the model's own attention, the same by another kernel, or a setting.
 DENSE, FLOOR, SPARSE = "dense", "floor", "sparse"
+
+# What every line has, for what is told of them all.
+NEEDED = ("kind", "prompt", "seed", "setting", "density", "density_all", "seconds", "psnr", "ssim", "lpips", "caption")
 
 Frames = NDArray[np.uint8]
 
@@ -69,7 +71,7 @@ class ResultStore:
             run: what all videos of the folder must share.
 
         Raises:
-            ValueError: the folder was begun with something else, or its lines cannot be read.
+            ValueError: the folder was begun with something else, or its files cannot be read.
             OSError: it cannot be written.
         """
         with _room(self.folder):
@@ -77,12 +79,12 @@ class ResultStore:
                 (self.folder / part).mkdir(parents=True, exist_ok=True)
         path = self.folder / "run.json"
         if path.exists():
-            self._check_same(json.loads(path.read_text(encoding="utf-8")), run)
+            self._check_same(_read_run(path), run)
         else:
             with self._whole_file(path) as temporary:
                 temporary.write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
         if self.lines_path.exists():
-            with self.lines_path.open("r+b") as file:
+            with _room(self.folder), self.lines_path.open("r+b") as file:
                 file.truncate(file.read().rfind(b"\n") + 1)
         self.lines()
 
@@ -112,10 +114,10 @@ class ResultStore:
         if not self.lines_path.exists():
             return []
         found: dict[Item, dict[str, Any]] = {}
-        for number, text in enumerate(self.lines_path.read_text(encoding="utf-8").splitlines(), 1):
+        for number, text in enumerate(self.lines_path.read_bytes().splitlines(), 1):
             try:
                 line = json.loads(text)
-                found[Item.of_line(line)] = line
+                found[Item.of_line({name: line[name] for name in NEEDED})] = line
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f"{self.lines_path}:{number} cannot be read ({error}); remove this line, and its video is made again"
@@ -161,6 +163,17 @@ class ResultStore:
         return self.folder / part / f"{name}.npz"
 
 
+def _read_run(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        told = error.strerror if isinstance(error, OSError) else str(error)
+        raise ValueError(f"{path} cannot be read ({told}); give another --output") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds a {type(found).__name__}, not what a run was begun with; give another --output")
+    return found
+
+
 def _load(path: Path) -> dict[str, NDArray[Any]] | None:
     try:
         with np.load(path) as arrays:
@@ -171,12 +184,14 @@ def _load(path: Path) -> dict[str, NDArray[Any]] | None:
 
 @contextmanager
 def _room(folder: Path) -> Iterator[None]:
-    """Tell what to do when the disk is full."""
+    """Tell what to do when the disk is full, or the folder cannot be used."""
     try:
         yield
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno is None:  # it tells already
             raise
+        if error.errno not in NO_ROOM:
+            raise OSError(f"--output {folder} cannot be used ({error.strerror}); give another --output") from error
         raise OSError(
             f"the disk of {folder} is full; free some room and start the same command again: it goes on after the last "
             "video that was measured"

@@ -217,8 +217,8 @@ class GenerateArguments:
     )
     offload: str = option(
         "none",
-        "what waits in the CPU's memory: nothing; idle: text encoder and experts while they are not at work; layers: all "
-        "blocks of them but those at work",
+        "what waits in the CPU's memory: nothing; idle: text encoder, image encoder (Wan 2.1) and experts while they are "
+        "not at work; layers: the image encoder likewise, and all blocks of the others but those at work",
         choices=("none", "idle", "layers"),
     )
     timeout_s: float = option(
@@ -269,6 +269,8 @@ class GenerateArguments:
             )
 
     def _check_combinations(self) -> None:
+        if not self.model:
+            raise ValueError(f"--model is empty; give {MINI}, another name of --help, a folder, or a hub id")
         for name, given in (("layers", self.layers is not None), ("full", self.full)):
             if given and self.model not in STAND_INS:
                 told = f"--layers {self.layers}" if name == "layers" else "--full"
@@ -304,7 +306,7 @@ class GenerateArguments:
         is_open = self.mesh == "auto"  # the degrees are checked when they have been chosen
         if (
             self.sparse.backend != "none"
-            and self.sparse.kv_exchange != "ring"
+            and self.sparse.kv_exchange == "all_gather"
             and self.ring_degree == 1
             and not is_open
         ):
@@ -357,8 +359,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> GenerateArguments:
     """From the command line, over a `--config` file, over the defaults.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that is refused.
-        OSError: a configuration file that cannot be read.
+        ValueError: an unknown flag or key, a value that is refused, or a configuration file that cannot be read.
     """
     given, configured = parse_flags(
         "generate", __doc__, {"": GenerateArguments, FLAG_PREFIX: SparseAttentionConfig}, argv

@@ -7,14 +7,13 @@ from datetime import timedelta
 from typing import Any
 
 from sp_sparse import AttentionRecorder, SequenceParallelMesh, SparseAttentionConfig
+from sp_sparse.attention import load_names
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.auto_mesh import crossing_group
 from sp_sparse.generate.models import transformers_of
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.integrations.diffusers import SparseWan, enable_sparse_attention
 from sp_sparse.integrations.diffusers.sharded import blocks_of
-from sp_sparse.kernels.registry import load_kernel
-from sp_sparse.selection.registry import load_selector
 
 
 def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
@@ -35,7 +34,7 @@ def check_ranks(arguments: GenerateArguments, ranks: Ranks) -> None:
             f"--sparse-attn-backend none on {ranks.world} ranks uses diffusers' own parallelism, which needs GPUs; for "
             "dense sequence parallelism on CPUs use --sparse-attn-backend auto --sparse-attn-topk 1.0"
         )
-    check_names(arguments.sparse)
+    check_names(arguments.sparse, arguments.ring_degree)
     crossing = crossing_group(arguments.ulysses_degree, ranks.nodes)
     if crossing is not None and arguments.mesh_reason is None:  # else --mesh auto has told why
         ranks.say(
@@ -62,16 +61,14 @@ def _fitting_degrees(ranks: Ranks) -> str:
     return f", such as --ulysses-degree {counts[0]} --ring-degree {len(counts)} for {len(counts)} nodes of {counts[0]}"
 
 
-def check_names(config: SparseAttentionConfig) -> None:
-    """Refuse names that stand for nothing here, before weights are read.
+def check_names(config: SparseAttentionConfig, ring_degree: int) -> None:
+    """Refuse names that stand for nothing here, and a kernel whose results cannot be merged, before weights are read.
 
     Raises:
         ValueError: with the names that are known.
     """
-    if config.backend not in ("none", "auto"):
-        load_kernel(config.backend)
     if config.backend != "none":
-        load_selector(config)
+        load_names(config, ring_degree)
 
 
 def build_mesh(arguments: GenerateArguments) -> SequenceParallelMesh:

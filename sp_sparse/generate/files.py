@@ -16,13 +16,21 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+# What a disk says that is full, or a share or file of it.
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # A disk with less is full.
 _ROOM_BYTES = 1 << 16
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to, which takes its place when the writing has ended well."""
+    """A path beside `path` to write to, which takes its place when the writing has ended well.
+
+    Raises:
+        OSError: `path` is a device or the like, whose place no file may take.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is no regular file; choose another path")
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -39,8 +47,8 @@ def check_writable(path: Path) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
+        if path.exists() and not path.is_file():
+            raise OSError("it is a folder" if path.is_dir() else "it is no regular file")
         probe = path.with_name(f".{path.stem}.{os.getpid()}.probe")
         probe.touch()
         probe.unlink()
@@ -66,6 +74,21 @@ def save_video(frames: Tensor, path: Path, fps: int) -> None:
             if "No space left" in str(error) or shutil.disk_usage(path.parent).free < _ROOM_BYTES:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
             raise
+
+
+def save_tensor(tensor: Tensor, path: Path) -> None:
+    """Write a .pt.
+
+    Raises:
+        OSError: it could not be written whole.
+    """
+    import torch
+
+    with whole_file(path) as temporary:
+        try:
+            torch.save(tensor, temporary)
+        except RuntimeError as error:  # of torch's own writer, which does not tell what the disk said
+            raise OSError(f"{path} could not be written whole ({error}); see whether the disk has room") from error
 
 
 def _check_whole(path: Path) -> None:

@@ -20,7 +20,7 @@ from sp_sparse.generate.offload import comings
 from sp_sparse.generate.prompts import WantedVideo, wanted_videos
 from sp_sparse.generate.ranks import Ranks
 from sp_sparse.generate.recorded_masks import MaskSampler, RecordedMasks
-from sp_sparse.generate.report import attention_report, job_report, write_report
+from sp_sparse.generate.report import attention_report, exchanges_told, job_report, write_report
 from sp_sparse.generate.stages import Stages
 from sp_sparse.generate.start import Start
 from sp_sparse.generate.verify import verify
@@ -71,6 +71,8 @@ def generate(arguments: GenerateArguments, ranks: Ranks, load: Callable[..., Any
     if attention is not None:
         calls = ", ".join(f"{kernel} x {count}" for kernel, count in attention["calls"].items())
         ranks.say(f"attention: {calls}; mean density {attention['mean_density']:.3f}")
+        if attention["kv_exchange"]:
+            ranks.say(f"keys and values: {exchanges_told(attention)}")
     if isinstance(recorder, MaskSampler):
         _save_masks(arguments, recorder, mesh, ranks)
     handle.remove()

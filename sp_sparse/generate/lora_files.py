@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -156,6 +157,6 @@ def _readable() -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever safetensors, pickle and the disk have to say
-        raise ValueError(
-            f"cannot be read ({' '.join(str(error).split())}); give LoRA weights that were made for this model"
-        ) from error
+        # torch tells at length how to run a file that is none of weights alone.
+        told = "it is no file of weights" if isinstance(error, UnpicklingError) else " ".join(str(error).split())
+        raise ValueError(f"cannot be read ({told}); give LoRA weights that were made for this model") from error

@@ -79,14 +79,14 @@ class WantedVideo:
         return ValueError(f"{self.place}: {error}") if self.place else error
 
 
-def wanted_videos(arguments: GenerateArguments) -> tuple[WantedVideo, ...]:
-    """`videos_per_prompt` for each prompt, with seeds that count up from its own.
+def wanted_videos(arguments: GenerateArguments, flag: str = "--prompt-file") -> tuple[WantedVideo, ...]:
+    """`videos_per_prompt` for each prompt, with seeds that count up from its own; `flag` is what named the file.
 
     Raises:
         ValueError: a file that cannot be read or has no prompts, or such a line; with the file and the line.
     """
     found = []
-    for place, line in _lines(arguments):
+    for place, line in _lines(arguments, flag):
         for number in range(arguments.videos_per_prompt):
             own = dict(line)
             own["seed"] = own.get("seed", arguments.seed) + number
@@ -97,7 +97,7 @@ def wanted_videos(arguments: GenerateArguments) -> tuple[WantedVideo, ...]:
     return tuple(found)
 
 
-def _lines(arguments: GenerateArguments) -> list[tuple[str, dict[str, Any]]]:
+def _lines(arguments: GenerateArguments, flag: str) -> list[tuple[str, dict[str, Any]]]:
     if arguments.prompt_file is None:
         return [("", {})]
     path = Path(arguments.prompt_file)
@@ -106,12 +106,12 @@ def _lines(arguments: GenerateArguments) -> list[tuple[str, dict[str, Any]]]:
     except (OSError, UnicodeDecodeError) as error:
         told = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
         raise ValueError(
-            f"--prompt-file {path} cannot be read ({told}); give a text file in UTF-8, a prompt a line"
+            f"{flag} {path} cannot be read ({told}); give a text file in UTF-8, a prompt a line"
         ) from error
     texts = enumerate(text.splitlines(), start=1)
     lines = [(f"{path} line {number}", text.strip()) for number, text in texts if text.strip()]
     if not lines:
-        raise ValueError(f"--prompt-file {path} has no prompt; write one a line")
+        raise ValueError(f"{flag} {path} has no prompt; write one a line")
     if path.suffix != ".jsonl":
         return [(place, {"prompt": text}) for place, text in lines]
     return [(place, _read(place, text)) for place, text in lines]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.rendezvous import rendezvous
 
-from sp_sparse.parallel.agreement import LostRankError, check_all_same, every_value, together
+from sp_sparse.parallel.agreement import LostRankError, check_all_same, every_value, this_node, together
 
 T = TypeVar("T")
 
@@ -165,11 +164,9 @@ def _agree_on_start(store: dist.Store, rank: int, world: int, timeout: timedelta
 
 
 def _every_node() -> tuple[str, ...]:
-    """The node of each rank, by torchrun's number and the machine's name. A collective call."""
-    number, machine = os.environ.get("GROUP_RANK"), socket.gethostname()
-    node = machine if number is None else f"node {number} ({machine})"
+    """The node of each rank. A collective call."""
     groups = () if dist.group.WORLD is None else (dist.group.WORLD,)
-    return tuple(every_value(node, groups).values())
+    return tuple(every_value(this_node(), groups).values())
 
 
 def leave(status: int) -> NoReturn:

@@ -63,7 +63,7 @@ def attention_report(
 ) -> dict[str, Any] | None:
     """What sparse attention did, measured from its masks; None where it was off. A collective call.
 
-    `calls` are those of this rank; the rest is over all ranks.
+    `calls` and `kv_exchange` are those of this rank; the rest is over all ranks.
     """
     if config.backend == "none":
         return None
@@ -71,11 +71,18 @@ def attention_report(
     densities = summary["densities"]
     return {
         "calls": summary["calls"],
+        # On a ring: how keys and values went over it, why so, and in how many calls of this rank.
+        "kv_exchange": summary["kv_exchange"],
         "dense_calls": sum(place["dense_calls"] for place in densities),
         # Every (expert, layer, step) attends equally many pairs when dense; of VACE a layer and its control block are one.
         "mean_density": sum(place["density"] for place in densities) / len(densities),
         "densities": densities,
     }
+
+
+def exchanges_told(attention: dict[str, Any]) -> str:
+    """`kv_exchange` of an attention report in a line; empty without a ring."""
+    return "; ".join(f"{one['name']} x {one['calls']} ({one['reason']})" for one in attention["kv_exchange"])
 
 
 def write_report(report: dict[str, Any], path: Path) -> None:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sp_sparse.generate.arguments import GenerateArguments
 from sp_sparse.generate.decode import VideoDecoding
-from sp_sparse.generate.files import numbered, save_video, whole_file
+from sp_sparse.generate.files import numbered, save_tensor, save_video
 from sp_sparse.generate.lora import lora_told, use_lora
 from sp_sparse.generate.memory import DECODE, DENOISE, ENCODE, says_what_helps
 from sp_sparse.generate.models import shift_of
@@ -227,14 +227,13 @@ class VideoMaker:
             told["made"] = self._made(video, video.frames)
         if not video.finite:
             self.ranks.say(f"warning: the latents of {path} are not finite; try --dtype float32")
-        tensors = {"output_latents": video.latents, "output_frames": video.frames}
         tensor_paths = {name: numbered(p, number, count) for name, p in arguments.tensor_paths().items()}
         if video.frames is not None:
+            tensors = {"output_latents": video.latents, "output_frames": video.frames}
             with stages.measure("save"):
                 save_video(video.frames, path, self._fps)
                 for name, tensor_path in tensor_paths.items():
-                    with whole_file(tensor_path) as temporary:
-                        torch.save(tensors[name], temporary)
+                    save_tensor(tensors[name], tensor_path)
         told |= {name: str(tensor_path) for name, tensor_path in tensor_paths.items()}
         self.ranks.say(f"video: {path}")
         return told

@@ -24,6 +24,7 @@ KERNELS = Plugins(
         "reference": "sp_sparse.kernels.reference:ReferenceKernel",
     },
     other_names=("auto", "none"),
+    methods=("missing", "__call__"),
 )
 
 # `auto` takes the first of these that runs: fastest first, as measured in docs/benchmarks.

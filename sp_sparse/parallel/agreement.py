@@ -7,6 +7,8 @@ gathered the next one passes on, so that every rank hears of every other. Withou
 from __future__ import annotations
 
 import hashlib
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -204,6 +206,12 @@ def _common_store() -> dist.Store | None:
     world = dist.group.WORLD
     find = getattr(world, "get_group_store", None)
     return None if find is None else find()
+
+
+def this_node() -> str:
+    """Where this rank runs, by torchrun's number, if it started it, and the machine's name."""
+    number, machine = os.environ.get("GROUP_RANK"), socket.gethostname()
+    return machine if number is None else f"node {number} ({machine})"
 
 
 def this_rank() -> int:

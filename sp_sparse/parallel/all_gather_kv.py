@@ -16,6 +16,7 @@ from torch.distributed import ProcessGroup
 
 from sp_sparse.mask import BlockMask
 from sp_sparse.parallel.collectives import realign
+from sp_sparse.parallel.kv_exchange import AS_ASKED, KVExchange
 from sp_sparse.parallel.shards import SequenceShards
 from sp_sparse.parallel.strategy import Attend, ParallelContext, Part, SequenceParallelStrategy
 
@@ -30,6 +31,9 @@ class AllGatherKVStrategy(SequenceParallelStrategy):
         """The own shard, then all others in one; dense attention takes everything in one call and is not overlapped."""
         own = mask is not None and metadata.lengths[self.mesh.ring_rank] > 0
         return 1 + own, gathered_keys(key, value, mask, metadata.edges, group)
+
+    def kv_exchange(self, like: Tensor, dense: bool, metadata: SequenceShards) -> KVExchange | None:
+        return None if self.mesh.ring_group is None else KVExchange("all_gather", AS_ASKED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,6 +70,10 @@ class CallerAllGatherKVStrategy(SequenceParallelStrategy):
     def sum_shards(self, x: Tensor) -> Tensor:
         """Likewise."""
         return x
+
+    def kv_exchange(self, like: Tensor, dense: bool, metadata: SequenceShards) -> KVExchange | None:
+        """None: the caller has gathered them."""
+        return None
 
     def key_tokens(self, query_tokens: int, metadata: SequenceShards) -> int:
         """Those of the whole sequence, without padding."""

@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 
 from sp_sparse.mask import BlockMask, num_blocks
 from sp_sparse.parallel.collectives import all_gather_uneven, realign
+from sp_sparse.parallel.kv_exchange import AS_ASKED, KVExchange
 from sp_sparse.parallel.merge import PartialResults
 from sp_sparse.parallel.mesh import SequenceParallelMesh
 from sp_sparse.parallel.ring import ring_hops
@@ -135,6 +136,16 @@ class SequenceParallelStrategy:
         hops = ring_hops(key, value, metadata.lengths, group, self.mesh.side_stream(key.device))
         parts = ((k, v, None if columns is None else columns[owner]) for owner, k, v in hops)
         return sum(length > 0 for length in metadata.lengths), parts
+
+    def kv_exchange(self, like: Tensor, dense: bool, metadata: SequenceShards) -> KVExchange | None:
+        """How `attend` comes by the keys of other ranks, None where it needs none; the same on all ranks.
+
+        Args:
+            like: queries or keys: batch, head dimension, dtype and device count.
+            dense: whether there is no mask.
+            metadata: the cut of the sequence over the ring, as `pre_attention` returns it.
+        """
+        return None if self.mesh.ring_group is None else KVExchange("ring", AS_ASKED)
 
     def post_attention(self, out: Tensor, context: ParallelContext) -> Tensor:
         """The reverse of `pre_attention`: `[B, S_ring, H_rank, D]` -> `[B, S_rank, H, D]`, 0 in padding."""

@@ -14,6 +14,7 @@ SELECTORS = Plugins(
         "subblock": "sp_sparse.selection.subblock:SubblockSelector",
         "window": "sp_sparse.selection.window:WindowSelector",
     },
+    methods=("summarize_queries", "summarize_keys", "select"),
 )
 
 

@@ -146,8 +146,7 @@ def parse_serve_arguments(argv: Sequence[str] | None = None) -> ServeArguments:
     """From the command line, over a `--config` file, over the environment and the defaults.
 
     Raises:
-        ValueError: an unknown flag or key, or a value that is refused.
-        OSError: a configuration file that cannot be read.
+        ValueError: an unknown flag or key, a value that is refused, or a configuration file that cannot be read.
     """
     given, configured = parse_flags("serve", __doc__, {"": ServeArguments, FLAG_PREFIX: SparseAttentionConfig}, argv)
     given = configured | given

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import shutil
 from pathlib import Path
 
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+from sp_sparse.generate.files import NO_ROOM
 
 # A disk with less is full: SQLite tells some of its failed writes without saying why.
 _ROOM_BYTES = 1 << 16
@@ -23,7 +22,7 @@ class NoRoomError(StoreError):
 
 def is_no_room(error: BaseException) -> bool:
     """Whether the disk, or a share of it, is full."""
-    return isinstance(error, NoRoomError) or (isinstance(error, OSError) and error.errno in _NO_ROOM)
+    return isinstance(error, NoRoomError) or (isinstance(error, OSError) and error.errno in NO_ROOM)
 
 
 def is_full(folder: Path) -> bool:

@@ -26,7 +26,7 @@ from sp_sparse.generate.files import save_video
 from sp_sparse.generate.memory import DECODE, says_what_helps
 from sp_sparse.generate.models import WanModel, fresh_scheduler, load_pipeline
 from sp_sparse.generate.ranks import Ranks
-from sp_sparse.generate.report import attention_report
+from sp_sparse.generate.report import attention_report, exchanges_told
 from sp_sparse.generate.stages import StepClock, peak_bytes, synchronize
 from sp_sparse.generate.start import Start
 from sp_sparse.generate.video import EncodedPrompt, denoise, encode_prompt
@@ -150,6 +150,8 @@ class WanBackend:
         peak = max(self._ranks.gather(peak_bytes(self._ranks.device)))
         if report is None:
             return Measured(peak_bytes=peak)
+        if report["kv_exchange"] and self._ranks.first:
+            log.info("keys and values: %s", exchanges_told(report))
         return Measured(report["mean_density"], tuple(report["calls"].items()), peak)
 
     def decode(self, latents: Tensor, on_part: Callable[[int, int], None]) -> Tensor | None:

@@ -27,7 +27,7 @@ def listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host, port), family=family, backlog=1024)
     except OSError as error:
         raise OSError(
-            f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --port"
+            f"{host}:{port} cannot be listened on ({error.strerror or error}); choose another --host or --port"
         ) from error
 
 

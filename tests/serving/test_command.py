@@ -47,7 +47,7 @@ def _launched(server: RankServer) -> Iterator[RankServer]:
         (["--model", "/nowhere"], "--model /nowhere is neither"),
         (["--sparse-attn-backend", "nonesuch"], "unknown sparse attention backend 'nonesuch'"),
         (["--data-dir", f"{__file__}/data"], "cannot be used .*give another --data-dir"),
-        (["--host", "203.0.113.1", "--no-api-key"], "cannot be listened on .*choose another --port"),
+        (["--host", "203.0.113.1", "--no-api-key"], "cannot be listened on .*choose another --host or --port"),
     ],
 )
 def test_refusals(tmp_path: Path, flags: list[str], text: str) -> None:
@@ -62,7 +62,7 @@ def test_a_port_and_a_folder_that_are_taken(tmp_path: Path) -> None:
     with RankServer(tmp_path, 1) as server:
         server.wait_ready()
         for flags, text in (
-            (["--port", str(server.port), "--data-dir", str(tmp_path / "other")], "choose another --port"),
+            (["--port", str(server.port), "--data-dir", str(tmp_path / "other")], "choose another --host or --port"),
             (["--port", str(free_port())], "is used by another server; stop it, or give another --data-dir"),
         ):
             other = RankServer(tmp_path, 1, *flags)

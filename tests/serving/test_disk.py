@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from sp_sparse.generate.files import decoded_pixels, save_video
+from sp_sparse.generate.files import decoded_pixels, save_tensor, save_video
 from sp_sparse.serve.disk import NoRoomError, StoreError, is_no_room
 from sp_sparse.serve.store import JobStore
 from tests.processes import wait_for
@@ -233,6 +233,14 @@ def test_an_mp4_is_whole_or_not_there(tmp_path: Path) -> None:
         finally:
             subprocess.run(["umount", "--lazy", str(folder)], check=True)
     assert outcomes == {"refused", "whole"}
+
+
+def test_a_tensor_that_has_no_room_says_so(disk: Disk) -> None:
+    """torch's own writer tells of positions alone."""
+    save_tensor(torch.zeros(1000), disk.folder / "small.pt")
+    with pytest.raises(OSError, match=r"large.pt could not be written whole .*; see whether the disk has room"):
+        save_tensor(torch.zeros(1_000_000), disk.folder / "large.pt")
+    assert [path.name for path in disk.folder.iterdir()] == ["small.pt"]
 
 
 def _saved(frames: torch.Tensor, path: Path, whole: bytes) -> str:

@@ -80,7 +80,7 @@ def test_the_dense_command_differs_by_the_backend_alone() -> None:
 # Of two workers whose lines have run into one another.
 LOG = """\
 (DiffusionWorker_SP0 pid=7)   0%|   | 0/4(DiffusionWorker_SP1 pid=8) INFO [self_attention.py:1] \
-SP_SPARSE rank 1 layer 0, video (3, 12, 13) under ulysses 2 x ring 2: sparse by kernel fa4, density 0.3
+SP_SPARSE rank 1 layer 0, video (3, 12, 13) under 2 x 2: sparse by kernel fa4, density 0.3, keys and values by ring
 DEBUG [self_attention.py:1] \
 SP_SPARSE rank 0 layer 1, video (3, 12, 13) under ring 4: dense by vllm-omni's ring (FLASH_ATTN), as its settings say
 (DiffusionWorker_SP0 pid=7) INFO Resolved diffusion attention backend 'SP_SPARSE' for role='self'
@@ -91,7 +91,7 @@ INFO SP_SPARSE rank 0 layer 2, video (1, 2, 3) under one rank: sparse by kernel 
 def test_a_log_is_read() -> None:
     grid = (3, 12, 13)
     assert read_log(LOG) == [
-        Told(1, 0, grid, "ulysses 2 x ring 2", "fa4", 0.3),
+        Told(1, 0, grid, "2 x 2", "fa4", 0.3),
         Told(0, 1, grid, "ring 4", "vllm-omni's ring (FLASH_ATTN), as its settings say", 1.0),
         Told(0, 2, (1, 2, 3), "one rank", "triton", 0.25),
     ]

@@ -61,6 +61,7 @@ def test_schedules() -> None:
         ({}, {"schedule_2": "constant"}, "second expert.*leave it out"),
         ({}, {"schedule": "conservative"}, "schedule 'conservative' needs the number of denoising steps.*num_steps"),
         ({"end_step": 2}, {}, "block_sparse.end_step=2 needs the number of denoising steps.*num_steps"),
+        ({}, {"num_steps": True}, "num_steps=True; give the denoising steps of a request, a whole number"),
         ({}, {"num_steps": 0}, "num_steps=0; give the denoising steps of a request"),
         ({"num_steps": 40.5}, {}, "num_steps=40.5; give the denoising steps of a request, a whole number"),
         ({"backend": "none"}, {}, 'backend is "none"'),

@@ -76,9 +76,9 @@ class Costs:
         waves = math.ceil(rows / self.multiprocessors) * self.multiprocessors / rows
         return (tiles * self.tile_ns + rows * self.row_ns) * waves * 1e-6 + self.launch_us * 1e-3
 
-    def slowed_ms(self, ms: float, start: float, exchange: tuple[float, float]) -> float:
-        """A kernel that takes `ms` alone and begins at `start`, with an exchange from one time to another."""
-        together = max(min(start + ms, exchange[1]) - max(start, exchange[0]), 0.0)
+    def slowed_ms(self, ms: float, start: float, *exchanges: tuple[float, float]) -> float:
+        """A kernel that takes `ms` alone and begins at `start`, with exchanges, each from one time to another."""
+        together = sum(max(min(start + ms, end) - max(start, begin), 0.0) for begin, end in exchanges)
         return ms + self.exchange_share * together
 
     def selection_ms(self, size: LayerSize, rows: float, query_tokens: float, heads: float) -> float:

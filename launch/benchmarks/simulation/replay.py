@@ -6,7 +6,7 @@ Left out: the host, which is taken to be ahead of the GPU, and the remainder.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,22 +16,29 @@ from numpy.typing import NDArray
 
 from launch.benchmarks.simulation.costs import Costs, Link
 from launch.benchmarks.simulation.work import LayerSize, TileMap, Tiles, ring_edges
+from sp_sparse.parallel.ring import ring_buffers
 from sp_sparse.parallel.shards import SequenceShards, split_evenly
 
-# How ring ranks come by keys and values: each hop's exchange behind the attention of the hop before; exchanges that do not
-# wait for attention, with room for every shard; all shards at once.
-EXCHANGES = ("ring", "ring_ahead", "all_gather")
+# How ring ranks come by keys and values: a shard a hop, as far ahead of attention as there is room; all shards at once.
+# A mesh may name "pruned" as well, which the library has not: as the latter, but only blocks that masks choose are sent.
+EXCHANGES = ("ring", "all_gather")
 
 Times = NDArray[Any]  # float64
 
 
 @dataclass(frozen=True)
 class Mesh:
-    """Ranks that share one sequence; `rank = ring_rank * ulysses + ulysses_rank`."""
+    """Ranks that share one sequence; `rank = ring_rank * ulysses + ulysses_rank`.
+
+    Attributes:
+        exchange: one of EXCHANGES, or "pruned".
+        buffers: shards of others that a rank of a ring holds at most; None: as many as the code's.
+    """
 
     ulysses: int
     ring: int = 1
     exchange: str = "ring"
+    buffers: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -136,6 +143,16 @@ class Layer:
             else:
                 self._tiles[ring_degree] = self._map.tiles(edges)
         return self._tiles[ring_degree]
+
+    def needed(self, ring_degree: int) -> Tiles:
+        """`[H, R, R]`: of each head, query shard and key shard, the share of the keys that are attended at all.
+
+        Raises:
+            ValueError: dense attention.
+        """
+        if self._map is None:
+            raise ValueError("dense attention chooses every key block, so none can be pruned; use another exchange")
+        return self._map.needed(ring_edges(self.size, ring_degree))
 
     @property
     def dense(self) -> bool:
@@ -243,11 +260,18 @@ class _Ring:
                 # Key means are gathered over the ring, which no rank leaves before the last has come.
                 selected = np.full(mesh.ring, selected.max() + self._gather_means_ms(heads))
             work = tiles[firsts[u] : firsts[u + 1]].sum(0)
-            attend = _AllGather if mesh.exchange == "all_gather" else _Hops
-            ends[u], kernels[u] = attend(self._layer, self._rows * heads, work, self._sender(u)).run(
-                selected, size.token_bytes(1, heads) * self._tokens, heads * size.head_dim * self._tokens, mesh.exchange
+            ends[u], kernels[u] = self._attending(slice(firsts[u], firsts[u + 1]), work, u).run(
+                selected, size.token_bytes(1, heads) * self._tokens, heads * size.head_dim * self._tokens
             )
         return Replay((ends.max(0) + after).repeat(mesh.ulysses), kernels.T.ravel())
+
+    def _attending(self, heads: slice, work: Tiles, ulysses_rank: int) -> _AllGather | _Hops:
+        mesh, rows, send_ms = self._mesh, self._rows * (heads.stop - heads.start), self._sender(ulysses_rank)
+        if mesh.exchange == "pruned":
+            return _Pruned(self._layer, rows, work, send_ms, self._layer.needed(mesh.ring)[heads].mean(0))
+        if mesh.exchange == "all_gather":
+            return _AllGather(self._layer, rows, work, send_ms)
+        return _Hops(self._layer, rows, work, send_ms, mesh.buffers or ring_buffers(mesh.ring))
 
     def _sender(self, ulysses_rank: int) -> Callable[[int, dict[int, float], int], float]:
         """(ring rank, bytes to each ring rank, exchanges) -> ms."""
@@ -296,15 +320,27 @@ class _Attending:
         """Of one call on each rank."""
         return np.array([self.layer.attend_ms(*call) for call in zip(tiles, self.rows, strict=True)])
 
-    def _slowed(self, kernels: Times, start: Times, first: Times, last: Times) -> Times:
-        """Those kernels with exchanges under them."""
+    def _slowed(self, kernels: Times, start: Times, exchanges: Sequence[tuple[Times, Times]]) -> Times:
+        """Those kernels, with exchanges (from, to) under them."""
         return np.array(
-            [self.layer.costs.slowed_ms(k, s, (a, b)) for k, s, a, b in zip(kernels, start, first, last, strict=True)]
+            [
+                self.layer.costs.slowed_ms(kernel, start[rank], *((a[rank], b[rank]) for a, b in exchanges))
+                for rank, kernel in enumerate(kernels)
+            ]
         )
 
 
+@dataclass(frozen=True)
 class _Hops(_Attending):
-    def run(self, start: Times, shard: Times, elements: Times, exchange: str) -> tuple[Times, Times]:
+    """A shard a hop (`sp_sparse/parallel/ring.py`).
+
+    Attributes:
+        buffers: shards of others that a rank holds at most.
+    """
+
+    buffers: int
+
+    def run(self, start: Times, shard: Times, elements: Times) -> tuple[Times, Times]:
         """When each rank has attended every shard, and the kernels' time.
 
         Args:
@@ -312,34 +348,24 @@ class _Hops(_Attending):
             shard: bytes of each rank's keys, or values.
             elements: of each rank's output.
         """
-        hops = range(len(start))
-        ranks = np.array(hops)
+        last = len(start) - 1
+        ranks = np.arange(len(start))
         attended, arrived, kernels = start, start, np.zeros_like(start)
-        ahead = self._arrivals(start, shard) if exchange == "ring_ahead" else []
-        for hop in hops:
-            beginning = np.maximum(attended, arrived)
-            window = start, ahead[-1] if ahead else beginning  # in which exchanges run beside this hop's attention
-            if ahead:
-                arrived = ahead[min(hop, len(ahead) - 1)]
-            elif hop < hops[-1]:
-                # As the code was before exchanges ran ahead: one waits for the attention before it in the loop.
-                queued = _with_neighbours(beginning)
-                arrived = queued + self._hop_ms(hop, shard)
-                window = queued, arrived
-            kernel = self._kernels_ms(self.work[ranks, (ranks - hop) % len(hops)])
-            kernels = kernels + kernel
-            attended = beginning + self._slowed(kernel, beginning, *window)
+        exchanges: list[tuple[Times, Times]] = []  # by hop: when a rank is ready for it, and when it is over
+        for hop in range(len(start)):
+            while len(exchanges) < min(max(hop - 1, 0) + self.buffers, last):
+                # Behind the exchange before it, and behind what was attended from the buffer that it fills.
+                ready = np.maximum(attended, exchanges[-1][1]) if exchanges else attended
+                exchanges.append((ready, _with_neighbours(ready) + self._hop_ms(len(exchanges), shard)))
             if hop:
-                attended = attended + [self.layer.costs.merge_ms(n, hop == 1, hop == hops[-1]) for n in elements]
+                arrived = exchanges[hop - 1][1]
+            beginning = np.maximum(attended, arrived)
+            kernel = self._kernels_ms(self.work[ranks, (ranks - hop) % len(ranks)])
+            kernels = kernels + kernel
+            attended = beginning + self._slowed(kernel, beginning, exchanges)
+            if hop:
+                attended = attended + [self.layer.costs.merge_ms(n, hop == 1, hop == last) for n in elements]
         return attended, kernels
-
-    def _arrivals(self, start: Times, shard: Times) -> list[Times]:
-        """When each further shard arrives if no exchange waits for attention."""
-        found = []
-        for hop in range(len(start) - 1):
-            start = _with_neighbours(start) + self._hop_ms(hop, shard)
-            found.append(start)
-        return found
 
     def _hop_ms(self, hop: int, shard: Times) -> Times:
         """A rank is done when it has sent and received: keys, then values."""
@@ -351,20 +377,46 @@ class _Hops(_Attending):
 
 
 class _AllGather(_Attending):
-    def run(self, start: Times, shard: Times, elements: Times, exchange: str) -> tuple[Times, Times]:
+    def run(self, start: Times, shard: Times, elements: Times) -> tuple[Times, Times]:
         """As `_Hops.run`: the own shard while the others arrive, then all of those in one call."""
-        ranks = range(len(start))
-        sent = [self.send_ms(r, {p: 2 * shard[r] for p in ranks if p != r}, 1) for r in ranks]
         begun = np.full_like(start, start.max())
-        arrived = begun + max(sent)
+        arrived = self._arrive(begun, shard)
         own = self.work.diagonal()
         if self.layer.dense:
             every = self._kernels_ms(self.work.sum(1))
             return arrived + every, every
         first, others = self._kernels_ms(own), self._kernels_ms(self.work.sum(1) - own)
         merged = np.array([self.layer.costs.merge_ms(n, first=True, last=True) for n in elements])
-        ends: Times = np.maximum(start + self._slowed(first, start, begun, arrived), arrived) + others + merged
+        ends: Times = np.maximum(start + self._slowed(first, start, [(begun, arrived)]), arrived) + others + merged
         return ends, first + others
+
+    def _arrive(self, begun: Times, shard: Times) -> Times:
+        """When each rank has the others' keys and values."""
+        ranks = range(len(shard))
+        return begun + max(self.send_ms(r, {p: 2 * shard[r] for p in ranks if p != r}, 1) for r in ranks)
+
+
+@dataclass(frozen=True)
+class _Pruned(_AllGather):
+    """As a prototype has it (`launch/prototypes/pruned_keys.py`). That the host waits for the lists costs nothing here.
+
+    Attributes:
+        needed: `[R, R]`, the share of each key shard that each query shard attends.
+    """
+
+    needed: Tiles
+
+    def _arrive(self, begun: Times, shard: Times) -> Times:
+        """Lists first; then keys and values are packed, sent, and put in their places, one after the other."""
+        ranks, costs = range(len(shard)), self.layer.costs
+        moved = 2 * self.needed * shard * (1 - np.eye(len(shard)))  # bytes, to each rank and from each
+        lists = max(self.send_ms(r, dict.fromkeys((p for p in ranks if p != r), 0.0), 1) for r in ranks)
+        sent = [self.send_ms(r, {p: float(moved[p, r]) for p in ranks if p != r}, 2) for r in ranks]
+        received = [self.send_ms(r, {p: float(moved[r, p]) for p in ranks if p != r}, 2) for r in ranks]
+        packed = max(costs.copy_ms(nbytes, 2) for nbytes in moved.sum(0))
+        unpacked = np.array([costs.copy_ms(nbytes, 2) for nbytes in moved.sum(1)])
+        found: Times = begun + lists + packed + max(*sent, *received) + unpacked
+        return found
 
 
 def _with_neighbours(times: Times) -> Times:

@@ -94,16 +94,19 @@ def balance_table(recordings: Sequence[RecordedMasks], costs: Costs) -> str:
                 )
     lines += [
         "",
-        "| ring of | tokens | density | ρ, as it waits | ρ, with a barrier at every hop |",
-        "| --- " * 5 + "|",
+        "| ring of | tokens | density | ρ, as it waits | ρ, with room for all shards | ρ, with a barrier at every hop |",
+        "| --- " * 6 + "|",
     ]
     size = LayerSize(*_UNEVEN[0][:2])
     for masks, ring in product(recordings, _RINGS):
         layers = [Layer(size, costs, masks.dense(n)) for n in range(len(masks.places))]
         density = float(np.mean([masks.dense(n).mean() for n in range(len(layers))]))
-        waiting = float(np.mean([layer.imbalance(Mesh(1, ring)) for layer in layers]))
+        waiting, with_room = (
+            float(np.mean([layer.imbalance(Mesh(1, ring, buffers=held)) for layer in layers]))
+            for held in (None, ring - 1)
+        )
         barrier = float(np.mean([layer.barrier_imbalance(ring) for layer in layers]))
-        lines.append(f"| {ring} | {size.tokens} | {density:.2f} | {waiting:.3f} | {barrier:.3f} |")
+        lines.append(f"| {ring} | {size.tokens} | {density:.2f} | {waiting:.3f} | {with_room:.3f} | {barrier:.3f} |")
     return "\n".join(lines) + "\n"
 
 

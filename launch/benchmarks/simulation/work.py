@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,6 +45,7 @@ class TileMap:
         self._size = size
         sums = np.zeros((heads, rows + 1, columns + 1))
         sums[:, 1:, 1:] = mask.cumsum(1, dtype=np.float64).cumsum(2)
+        self._mask = mask
         self._sums = sums * (size.blocks / rows * size.blocks / columns)
         self._head = np.arange(size.heads) % heads
 
@@ -52,6 +54,16 @@ class TileMap:
         places = np.array(edges) / edges[-1]
         found = _at(_at(self._sums, places, 1), places, 2)
         return np.diff(np.diff(found, axis=1), axis=2)[self._head]
+
+    def needed(self, edges: tuple[int, ...]) -> Tiles:
+        """`[H, R, R]`: of each head, query shard and key shard, the share of the key blocks that any query block attends."""
+        rows, columns = (np.array(edges) / edges[-1] * side for side in self._mask.shape[1:])
+        shards = list(zip(rows[:-1], rows[1:], strict=True))
+        attended = np.stack([self._mask[:, int(a) : math.ceil(b)].any(1) for a, b in shards], axis=1)
+        sums = np.zeros((*attended.shape[:2], self._mask.shape[2] + 1))
+        sums[:, :, 1:] = attended.cumsum(2, dtype=np.float64)
+        found: Tiles = np.diff(_at(sums, columns / self._mask.shape[2], 2), axis=2) / np.diff(columns)
+        return found[self._head]
 
 
 def _at(sums: Tiles, places: NDArray[np.float64], axis: int) -> Tiles:

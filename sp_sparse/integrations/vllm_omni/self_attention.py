@@ -22,6 +22,7 @@ from sp_sparse.attention import SparseAttention
 from sp_sparse.integrations.vllm_omni.context import Call, OmniMesh, Place
 from sp_sparse.integrations.vllm_omni.omni_attention import DenseAttention, require_ring_hook
 from sp_sparse.integrations.vllm_omni.settings import Settings
+from sp_sparse.parallel.agreement import says_lost_rank
 from sp_sparse.recent import Recent
 from sp_sparse.recorder import AttentionRecorder
 from sp_sparse.video import VideoGrid, inverse_order, token_order
@@ -150,20 +151,22 @@ class SparseSelfAttention:
         return dense
 
     def _attend(self, place: Place, query: Tensor, key: Tensor, value: Tensor, call: Call) -> Tensor:
-        layer = self._sparse(place, query.shape[2])
-        out = layer(
-            query,
-            key,
-            value,
-            grid=call.grid,
-            step=call.step,
-            num_steps=self.settings.total(call.num_steps),
-            shards=self.mesh.shards(place, call.grid.num_tokens),
-            scale=self._scale,
-        )
+        layer, shards = self._sparse(place, query.shape[2]), self.mesh.shards(place, call.grid.num_tokens)
+        with says_lost_rank(f"layer {self.layer} is not attended by all ranks"):
+            out = layer(
+                query,
+                key,
+                value,
+                grid=call.grid,
+                step=call.step,
+                num_steps=self.settings.total(call.num_steps),
+                shards=shards,
+                scale=self._scale,
+            )
         self.sparse_calls += 1
-        kernel, density = layer.kernel_for(query.device, query.dtype).info.name, self._density(call)
-        self._tell(call, f"sparse by kernel {kernel}, density {density:.3g}")
+        kernel, exchange = layer.kernel_for(query.device, query.dtype).info.name, layer.kv_exchange(query, shards)
+        how = f"sparse by kernel {kernel}, density {self._density(call):.3g}"
+        self._tell(call, how + (f", keys and values by {exchange}" if exchange else ""))
         return out
 
     def _sparse(self, place: Place, heads: int) -> SparseAttention:
