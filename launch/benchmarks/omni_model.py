@@ -77,12 +77,15 @@ class OmniTransformer:
         return [impl.sparse for impl in found if isinstance(impl, SparseAttentionImpl) and impl.sparse is not None]
 
 
-def do_without_compiled_parts() -> None:
+def do_without_compiled_parts(pipelines: bool = False) -> None:
     """Stand in for what importing the transformer asks for and does not use. Call it before vllm is imported.
 
     Without its compiled part vllm cannot be imported for CUDA. So it is not to see the GPU, and its layers are torch's;
     vllm-omni sees it, and its attention, norms and groups are those of CUDA. And vllm-omni's Wan package imports its
     pipelines, with packages for video files.
+
+    Args:
+        pipelines: they are wanted.
     """
     compiled = "_C_stable_libtorch"
     if not any(_folder("vllm").glob(f"{compiled}*")):
@@ -93,6 +96,8 @@ def do_without_compiled_parts() -> None:
         assert vllm.platforms.current_platform.is_unspecified()
         del sys.modules[probe]
         sys.modules[f"vllm.{compiled}"] = types.ModuleType(f"vllm.{compiled}")
+    if pipelines:
+        return
     name = "vllm_omni.diffusion.models.wan2_2"
     package = types.ModuleType(name)
     package.__path__ = [str(_folder("vllm_omni") / "diffusion" / "models" / "wan2_2")]

@@ -2,65 +2,42 @@
 
 from __future__ import annotations
 
-import importlib.abc
-import importlib.machinery
 import json
 import os
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-# Imported by parts of the server that are not run here; large, or without a build for a CPU.
-ABSENT = {"model_hosting_container_standards", "torchvision", "torchaudio", "av"}
+from launch.benchmarks.omni_stand_ins import stand_in  # noqa: E402
 
-
-class _Nothing(type):
-    """A class each of whose attributes is itself."""
-
-    def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return cls
-
-
-class Nothing(metaclass=_Nothing):
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __call__(self, *arguments: Any, **_: Any) -> Any:
-        return arguments[0] if arguments else self
-
-
-class Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds the absent packages, empty."""
-
-    def find_spec(self, name: str, path: Any, target: Any = None) -> importlib.machinery.ModuleSpec | None:
-        if name.partition(".")[0] not in ABSENT:
-            return None
-        return importlib.machinery.ModuleSpec(name, self, is_package=True)
-
-    def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        module = types.ModuleType(spec.name)
-        module.__path__ = []
-        module.__getattr__ = lambda name: getattr(Nothing, name) and Nothing  # type: ignore[method-assign]
-        return module
-
-    def exec_module(self, module: types.ModuleType) -> None:
-        pass
+# Every setting, as it is written in a flag and as it must arrive; in two parts, for not all go together.
+OWN = {"sparsity": 0.7, "start_step": 10, "end_step": 2, "precision": "bf16", "skip_layers": "0-1"}
+SETTINGS: tuple[dict[str, tuple[Any, Any]], ...] = (
+    {
+        "backend": ("triton", "triton"),
+        "schedule": ("table", "table"),
+        "schedule_table": ([[1.0, 0.5, 0.3]], ((1.0, 0.5, 0.3),)),
+        "selector": ("subblock", "subblock"),
+        "remainder": ("linear", "linear"),
+        "keep_diagonal": (False, False),
+        "keep_first_frame": (True, True),
+        "block_size": ("128x64", (128, 64)),
+        "token_order": ("hilbert", "hilbert"),
+        "kv_exchange": ("all_gather", "all_gather"),
+        "num_steps": (30, 30),
+    },
+    {"preset": ("fast", "linear"), "schedule": ("aggressive", "aggressive"), "window": (2, 2), "num_steps": (30, 30)},
+)
+FLAG = "--diffusion-attention-config"
 
 
 def main() -> None:
-    import transformers.utils.import_utils as found
-
-    for name in ("is_torchvision_available", "is_torchvision_v2_available", "is_torchvision_greater_or_equal"):
-        setattr(found, name, lambda *_, **__: False)
-    sys.meta_path.append(Absent())
-
+    stand_in()
+    from sp_sparse.integrations.vllm_omni.settings import known_options
     from tests.vllm_omni import cpu
 
     cpu.install()
@@ -77,17 +54,16 @@ def main() -> None:
     assert "SP_SPARSE" in data.BLOCK_SPARSE_BACKENDS, "registered before a configuration is read"
     with tempfile.TemporaryDirectory() as folder:
         _write_model(Path(folder))
-        spec = {"backend": "SP_SPARSE", "block_sparse": {"sparsity": 0.7, "start_step": 10, "skip_layers": "0-1"}}
-        for flags in (
-            ["--diffusion-attention-config", json.dumps({"per_role": {"self": spec}})],
-            [
-                *("--diffusion-attention-config.per_role.self.backend", "SP_SPARSE"),
-                *("--diffusion-attention-config.per_role.self.block_sparse.sparsity", "0.7"),
-                *("--diffusion-attention-config.per_role.self.block_sparse.start_step", "10"),
-                *("--diffusion-attention-config.per_role.self.block_sparse.skip_layers", "0-1"),
-            ],
-        ):
-            _check(parser, folder, flags)
+        for settings in SETTINGS:
+            # The first has densities of its own, beside which a sparsity is refused.
+            own = {name: value for name, value in OWN.items() if name != "sparsity" or "schedule_table" not in settings}
+            given = {name: value for name, (value, _) in settings.items()}
+            for here, there in (({**own, **given}, {}), (own, given)):
+                additional = ["--additional-config", json.dumps({"sp_sparse": there})] if there else []
+                for flags in (_as_json(here), _dotted(here)):
+                    _check(parser, folder, [*flags, *additional], settings, own)
+        _check_refused(parser, folder)
+    assert set().union(*SETTINGS) == known_options(), "every setting has a case"
     print("command line: ok")
 
 
@@ -102,14 +78,24 @@ def _write_model(folder: Path) -> None:
         )
 
 
-def _check(parser: Any, model: str, attention: list[str]) -> None:
+def _as_json(block_sparse: dict[str, Any]) -> list[str]:
+    return [FLAG, json.dumps({"per_role": {"self": {"backend": "SP_SPARSE", "block_sparse": block_sparse}}})]
+
+
+def _dotted(block_sparse: dict[str, Any]) -> list[str]:
+    flags = [f"{FLAG}.per_role.self.backend", "SP_SPARSE"]
+    for name, value in block_sparse.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        flags += [f"{FLAG}.per_role.self.block_sparse.{name}", text]
+    return flags
+
+
+def _diffusion_config(parser: Any, model: str, flags: list[str]) -> Any:
+    """What the stage is configured with."""
     from vllm_omni.config.resolver import resolve_omni_config
 
-    from sp_sparse.integrations.vllm_omni.settings import Settings
-
-    additional = json.dumps({"sp_sparse": {"backend": "triton", "block_size": "128x64"}})
     degrees = ["--ulysses-degree", "2", "--ring-degree", "2"]
-    args = parser.parse_args(["serve", model, "--omni", *degrees, *attention, "--additional-config", additional])
+    args = parser.parse_args(["serve", model, "--omni", *degrees, *flags])
     names = ("diffusion_attention_config", "additional_config", "ulysses_degree", "ring_degree")
     resolved = resolve_omni_config(
         model,
@@ -120,12 +106,36 @@ def _check(parser: Any, model: str, attention: list[str]) -> None:
         strategy_config_path=None,
     )
     (stage,) = resolved.stage_configs
-    diffusion = stage.diffusion_config
+    return stage.diffusion_config
+
+
+def _check(parser: Any, model: str, flags: list[str], wanted: dict[str, tuple[Any, Any]], own: dict[str, Any]) -> None:
+    from sp_sparse.integrations.vllm_omni.settings import Settings
+
+    diffusion = _diffusion_config(parser, model, flags)
     spec, _ = diffusion.diffusion_attention_config.resolve_with_source("self")
     settings = Settings.read(spec.backend_kwargs(), diffusion.additional_config)
-    assert (settings.start_step, settings.skip_layers) == (10, frozenset({0, 1}))
-    assert (settings.config.topk, settings.config.backend, settings.config.block_size) == (0.3, "triton", (128, 64))
+    assert (settings.start_step, settings.end_step, settings.skip_layers) == (10, 2, frozenset({0, 1}))
+    assert settings.config.topk == (0.3 if "sparsity" in own else 0.2)
+    for name, (_, value) in wanted.items():
+        place, name = (settings, name) if name == "num_steps" else (settings.config, name)
+        found = getattr(place, "remainder" if name == "preset" else name)
+        assert found == value, (flags, name, found)
     assert diffusion.diffusion_attention_config.resolve_with_source("cross") == (None, None)
+
+
+def _check_refused(parser: Any, model: str) -> None:
+    for name, message in (
+        ("remaindr", "unknown options remaindr in block_sparse"),
+        ("topk", "use block_sparse.sparsity"),
+    ):
+        for flags in (_as_json({name: 0.5}), _dotted({name: 0.5})):
+            said = "nothing"
+            try:
+                _diffusion_config(parser, model, flags)
+            except ValueError as error:
+                said = str(error)
+            assert message in said, (flags, said)
 
 
 if __name__ == "__main__":

@@ -13,9 +13,13 @@ from torch import Tensor
 from launch.benchmarks.omni_model import do_without_compiled_parts
 
 
-def install() -> None:
-    """Put the CPU platform, attention on it, and its dense ring in place. Calling it again does nothing."""
-    do_without_compiled_parts()
+def install(pipelines: bool = False) -> None:
+    """Put the CPU platform, attention on it, and its dense ring in place. Calling it again does nothing.
+
+    Args:
+        pipelines: whole ones, not the transformer alone.
+    """
+    do_without_compiled_parts(pipelines)
     import vllm_omni.platforms as platforms
 
     if type(platforms._current_omni_platform).__name__ == "CpuPlatform":

@@ -44,13 +44,14 @@ def test_dense_layers(mesh: Mesh) -> None:
     [
         ({"end_step": 2}, NUM_STEPS, [False, False, False, True]),
         ({"start_step": 1, "end_step": 8}, NUM_STEPS, [True, False, True, True]),
-        ({}, {**NUM_STEPS, "schedule": "table", "schedule_table": [[1.0, 0.4]]}, [True, True, False, False]),
+        (None, {**NUM_STEPS, "schedule": "table", "schedule_table": [[1.0, 0.4]]}, [True, True, False, False]),
         ({"sparsity": 0.0}, {"block_size": 16}, [True] * 4),
     ],
     ids=["end", "both-ends", "table", "nothing-left-out"],
 )
-def test_which_steps_are_dense(block_sparse: dict[str, Any], options: dict[str, Any], dense: list[bool]) -> None:
-    result = run(Mesh(), Job(GRID, {"sparsity": 0.6, **block_sparse}, options, steps=(0, 1, 7, 8)))[0]
+def test_which_steps_are_dense(block_sparse: dict[str, Any] | None, options: dict[str, Any], dense: list[bool]) -> None:
+    given = {} if block_sparse is None else {"sparsity": 0.6, **block_sparse}  # a table has densities of its own
+    result = run(Mesh(), Job(GRID, given, options, steps=(0, 1, 7, 8)))[0]
     own = run(Mesh(), OWN)[0].output[0]
     assert [torch.equal(output, own) for output in result.output] == dense
     assert (result.sparse, result.dense) == (2 * dense.count(False), 2 * dense.count(True))

@@ -120,7 +120,8 @@ def test_token_order_where_a_rank_holds_every_token() -> None:
     ids=str,
 )
 def test_other_settings_on_a_hybrid(options: dict[str, Any]) -> None:
-    job = Job(PLAIN, options={"block_size": BLOCK, **options})
+    own = {} if options.get("selector") == "window" else {"sparsity": 0.6}
+    job = Job(PLAIN, own, {"block_size": BLOCK, **options})
     expected = run(Mesh(), job)[0]
     for result in run(Mesh(ulysses=2, ring=2), job):
         assert relative_error(result.output, expected.output) < 1e-5

@@ -40,17 +40,35 @@ def test_schedules() -> None:
 @pytest.mark.parametrize(
     ("block_sparse", "options", "message"),
     [
-        ({}, {"blocksize": 64}, 'unknown options blocksize under "sp_sparse".*known are backend, block_size'),
-        ({"sparsty": 0.5}, {}, "does not know sparsty; it knows end_step"),
-        ({}, {"topk": 0.3}, r"sp_sparse.topk is not read from --additional-config; use block_sparse.sparsity"),
+        (
+            {},
+            {"blocksize": 64},
+            'unknown options blocksize in "sp_sparse" in --additional-config; known are backend, blo',
+        ),
+        (
+            {"sparsty": 0.5},
+            {},
+            "unknown options sparsty in block_sparse; known are .*, sparsity, start_step, token_order",
+        ),
+        ({}, {"sparsity": 0.5}, 'unknown options sparsity in "sp_sparse" in --additional-config'),
+        ({}, {"topk": 0.3}, r'topk is not read from "sp_sparse" in --additional-config; use block_sparse.sparsity'),
+        ({"topk": 0.3}, {}, r"topk is not read from block_sparse; use block_sparse.sparsity"),
+        ({"dense_layers": 3}, {}, "use block_sparse.skip_layers"),
+        ({"schedule_table_2": [[0.5]]}, {}, "second expert.*leave it out"),
         ({}, {"dense_steps": 3}, "use block_sparse.start_step"),
         ({}, {"dense_layers": 3}, "use block_sparse.skip_layers"),
         ({}, {"topk_2": 0.3}, "second expert.*leave it out"),
         ({}, {"schedule_2": "constant"}, "second expert.*leave it out"),
         ({}, {"schedule": "conservative"}, "schedule 'conservative' needs the number of denoising steps.*num_steps"),
         ({"end_step": 2}, {}, "block_sparse.end_step=2 needs the number of denoising steps.*num_steps"),
-        ({}, {"num_steps": True}, "num_steps=True is not a number; give the denoising steps of a request"),
+        ({}, {"num_steps": True}, "num_steps=True; give the denoising steps of a request, a whole number"),
         ({}, {"num_steps": 0}, "num_steps=0; give the denoising steps of a request"),
+        ({"num_steps": 40.5}, {}, "num_steps=40.5; give the denoising steps of a request, a whole number"),
+        ({"backend": "none"}, {}, 'backend is "none"'),
+        ({"remainder": "half"}, {}, "remainder='half' is not known"),
+        ({"sparsity": 0.7, "selector": "window", "window": 1}, {}, "sparsity=0.7 is topk: topk=0.3 changes nothing"),
+        ({"remainder": "mean"}, {"remainder": "linear"}, "remainder is 'mean' in block_sparse, and 'linear' in "),
+        ({"backend": "triton"}, {"backend": "fa4"}, '"sp_sparse" in --additional-config; leave one of them out'),
         ({"precision": "fp8"}, {}, "precision='fp8': SP_SPARSE computes in the model's dtype"),
         ({"sparsity": 1.0}, {}, "sparsity=1.0 would leave out every block"),
         ({}, {"backend": "none"}, 'backend is "none"'),
@@ -60,6 +78,18 @@ def test_schedules() -> None:
 def test_refused(block_sparse: dict[str, Any], options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Settings.read(block_sparse, {"sp_sparse": options})
+
+
+def test_options_may_stand_in_either_place() -> None:
+    here = Settings.read({"sparsity": 0.7, "remainder": "linear", "block_size": "128x64"}, None)
+    assert here == Settings.read({"sparsity": 0.7}, {"sp_sparse": {"remainder": "linear", "block_size": "128x64"}})
+    assert here == Settings.read({"sparsity": 0.7, "remainder": "linear"}, {"sp_sparse": {"block_size": "128x64"}})
+    twice = {"remainder": "linear", "block_size": "128x64"}
+    assert here == Settings.read({"sparsity": 0.7, **twice}, {"sp_sparse": twice}), (
+        "what is the same is no contradiction"
+    )
+    config = Settings.read({"preset": "fast", "num_steps": "40"}, {"sp_sparse": {"remainder": "drop"}}).config
+    assert (config.topk, config.remainder) == (0.1, "drop"), "an option goes before a preset, wherever either stands"
 
 
 def test_a_preset_brings_what_is_not_given() -> None:

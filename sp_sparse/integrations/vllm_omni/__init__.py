@@ -1,7 +1,7 @@
 """SP_SPARSE, a diffusion attention backend of vllm-omni: sparse under Ulysses, ring, their hybrid and all-gather-KV.
 
-vllm-omni finds `register` by entry point and calls it in every process. It makes the name known and no more: nothing is
-imported from here, and no method of vllm-omni replaced, until a configuration asks for SP_SPARSE.
+vllm-omni finds `register` by entry point and calls it in every process. It makes the name known, its options readable, and
+no more: no layer is imported from here, and nothing of vllm-omni runs otherwise, until a configuration asks for SP_SPARSE.
 """
 
 from __future__ import annotations

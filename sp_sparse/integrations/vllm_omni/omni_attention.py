@@ -1,6 +1,6 @@
 """vllm-omni's own attention: dense, for dense layers and steps and for cross-attention; and its ring, which asks ours first.
 
-The ring is the one method of vllm-omni that is replaced. `Attention._run_ring_attention` never asks the layer's
+The ring is the one method of its attention that is replaced. `Attention._run_ring_attention` never asks the layer's
 implementation: it chooses a kernel by the backend's name, and for a name that it does not know a dense one, without a word.
 """
 

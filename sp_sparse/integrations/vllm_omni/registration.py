@@ -1,4 +1,4 @@
-"""Making the name SP_SPARSE known to vllm-omni: to its list of backends, and to its check of `block_sparse`.
+"""Making the name SP_SPARSE known to vllm-omni: to its list of backends, and to its reading of `block_sparse`.
 
 The plug-in meets inner parts of vllm-omni, so versions that it does not know are refused. Nothing heavy is imported here.
 """
@@ -51,3 +51,6 @@ def _register() -> None:
         extend_enum(DiffusionAttentionBackendEnum, BACKEND_NAME, BACKEND_PATH)
     # Read where an AttentionSpec is made, under this name.
     data.BLOCK_SPARSE_BACKENDS = data.BLOCK_SPARSE_BACKENDS | {BACKEND_NAME}
+    from sp_sparse.integrations.vllm_omni.spec import take_options
+
+    take_options(BACKEND_NAME)

@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
@@ -139,8 +140,11 @@ class SparseSelfAttention:
             self.mesh.check_call(call, query)
         return call
 
+    def _density(self, call: Call) -> float:
+        return self.settings.density(self.layer, call.step, call.num_steps)
+
     def _is_dense(self, call: Call) -> bool:
-        dense = self.settings.density(self.layer, call.step, call.num_steps) >= 1.0
+        dense = self._density(call) >= 1.0
         if dense:
             self.dense_calls += 1
             self._tell(call, f"dense by {self._dense.name}, as its settings say")
@@ -161,7 +165,8 @@ class SparseSelfAttention:
             )
         self.sparse_calls += 1
         kernel, exchange = layer.kernel_for(query.device, query.dtype).info.name, layer.kv_exchange(query, shards)
-        self._tell(call, f"sparse by kernel {kernel}" + (f", keys and values by {exchange}" if exchange else ""))
+        how = f"sparse by kernel {kernel}, density {self._density(call):.3g}"
+        self._tell(call, how + (f", keys and values by {exchange}" if exchange else ""))
         return out
 
     def _sparse(self, place: Place, heads: int) -> SparseAttention:
@@ -181,7 +186,8 @@ class SparseSelfAttention:
 
     def _tell(self, call: Call, how: str) -> None:
         """Once a layer for each grid and way, of the first layer at INFO."""
-        text = f"SP_SPARSE layer {self.layer}, video {call.grid.shape} under {self.mesh}: {how}"
+        rank = dist.get_rank() if dist.is_initialized() else 0  # lines of several workers may run into one another
+        text = f"SP_SPARSE rank {rank} layer {self.layer}, video {call.grid.shape} under {self.mesh}: {how}"
         self._told.get(text, lambda: (logger.debug if self.layer else logger.info)(text))
 
 

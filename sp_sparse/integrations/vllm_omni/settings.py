@@ -1,4 +1,4 @@
-"""What vllm-omni's flags say of SP_SPARSE: the fields of `block_sparse`, and `additional_config` for the rest."""
+"""What vllm-omni's flags say of SP_SPARSE: the fields of `block_sparse`, and our options there or in `additional_config`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sp_sparse.config import SparseAttentionConfig
+from sp_sparse.config import SECOND_EXPERT, SparseAttentionConfig
 
 KEY = "sp_sparse"
 
@@ -16,7 +16,9 @@ _ELSEWHERE = {
     "dense_steps": "block_sparse.start_step",
     "dense_layers": 'block_sparse.skip_layers, such as "0-3,38"',
 }
-_BLOCK_SPARSE = {"sparsity", "start_step", "end_step", "precision", "skip_layers"}
+# vllm-omni's own fields; what else stands beside them is an option of ours.
+BLOCK_SPARSE = frozenset({"sparsity", "start_step", "end_step", "precision", "skip_layers"})
+_ADDITIONAL = f'"{KEY}" in --additional-config'
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         schedule = self.config.schedule_for(0)
-        if self.num_steps is not None and self.num_steps < 1:
-            raise ValueError(f"{KEY}.num_steps={self.num_steps}; give the denoising steps of a request, at least 1")
+        total = self.num_steps
+        if total is not None and (not isinstance(total, int) or isinstance(total, bool) or total < 1):
+            raise ValueError(
+                f"num_steps={total!r}; give the denoising steps of a request, a whole number of at least 1"
+            )
         if self.num_steps is None and (self.end_step or schedule.needs_step):
             what = f"block_sparse.end_step={self.end_step}" if self.end_step else f"schedule {schedule.kind!r}"
             raise ValueError(
                 f"{what} needs the number of denoising steps, which vllm-omni's Wan pipelines do not tell; add "
-                f'"num_steps" to "{KEY}" in --additional-config (requests must then ask for as many), or use start_step'
+                '"num_steps" to block_sparse (requests must then ask for as many), or use start_step'
             )
 
     @classmethod
@@ -55,37 +60,34 @@ class Settings:
         Raises:
             ValueError: an unknown name, a value out of range, or something that cannot be had here.
         """
-        given = {"sparsity": 0.8, **(block_sparse or {})}
-        unknown = sorted(set(given) - _BLOCK_SPARSE)
-        if unknown:
-            raise ValueError(
-                f"SP_SPARSE does not know {', '.join(unknown)}; it knows {', '.join(sorted(_BLOCK_SPARSE))}"
-            )
+        given = dict(block_sparse or {})
+        options = _options(given, additional)
+        sparsity = given.get("sparsity", 0.8)
         if given.get("precision", "bf16") != "bf16":
             raise ValueError(
                 f"block_sparse.precision={given['precision']!r}: SP_SPARSE computes in the model's dtype; leave it out"
             )
-        if not 0.0 <= given["sparsity"] < 1.0:
-            raise ValueError(
-                f"block_sparse.sparsity={given['sparsity']} would leave out every block; use less than 1.0"
-            )
-        rest = _rest(additional)
-        num_steps = rest.pop("num_steps", None)
-        if isinstance(num_steps, bool):
-            raise ValueError(f"{KEY}.num_steps={num_steps} is not a number; give the denoising steps of a request")
+        if not 0.0 <= sparsity < 1.0:
+            raise ValueError(f"block_sparse.sparsity={sparsity} would leave out every block; use less than 1.0")
+        num_steps = options.pop("num_steps", None)
         # A preset brings a density and a schedule, unless they are given.
-        own = {} if "preset" in rest else {"backend": "auto", "schedule": "constant"}
-        if "preset" not in rest or "sparsity" in (block_sparse or {}):
-            own["topk"] = round(1.0 - given["sparsity"], 9)
-        config = SparseAttentionConfig.from_mapping({**own, **rest})
+        own = {} if "preset" in options else {"backend": "auto", "schedule": "constant"}
+        if "preset" not in options or "sparsity" in given:
+            own["topk"] = round(1.0 - sparsity, 9)
+        config = SparseAttentionConfig.from_mapping({**own, **options})
+        if "sparsity" in given:
+            try:
+                config.check_read({"topk"})
+            except ValueError as error:
+                raise ValueError(f"block_sparse.sparsity={sparsity} is topk: {error}") from None
         if config.backend == "none":
-            raise ValueError(f'{KEY}.backend is "none"; name a kernel or "auto", or choose another attention backend')
+            raise ValueError('option backend is "none"; name a kernel or "auto", or choose another attention backend')
         return cls(
             config,
             given.get("start_step", 0),
             given.get("end_step", 0),
             frozenset(given.get("skip_layers", ())),
-            None if num_steps is None else int(num_steps),
+            int(num_steps) if isinstance(num_steps, str) else num_steps,
         )
 
     def density(self, layer: int | None, step: int | None, num_steps: int | None) -> float:
@@ -126,24 +128,47 @@ class Settings:
         return self.num_steps if num_steps is None else num_steps
 
 
-def _rest(additional: Mapping[str, Any] | None) -> dict[str, Any]:
-    rest = (additional or {}).get(KEY, {})
-    if not isinstance(rest, Mapping):
-        raise ValueError(f'"{KEY}" in --additional-config is {rest!r}; give an object such as {{"block_size": 128}}')
-    for name in rest:
+def known_options() -> set[str]:
+    """Names of the options that can be given here."""
+    names = {option.name for option in fields(SparseAttentionConfig)} - {*_ELSEWHERE, *SECOND_EXPERT}
+    return names | {"num_steps", "preset"}
+
+
+def check_names(options: Mapping[str, Any], where: str) -> None:
+    """Refuse options that are not ours, or that are not said under this name here.
+
+    Args:
+        where: what holds them.
+
+    Raises:
+        ValueError: with what to give instead.
+    """
+    for name in options:
         if name in _ELSEWHERE:
-            raise ValueError(f"{KEY}.{name} is not read from --additional-config; use {_ELSEWHERE[name]}")
-        if name.endswith("_2"):
+            raise ValueError(f"{name} is not read from {where}; use {_ELSEWHERE[name]}")
+        if name in SECOND_EXPERT:
             raise ValueError(
-                f"{KEY}.{name} is for Wan 2.2's second expert, whose layers vllm-omni gives the names of the first's; "
+                f"{name} in {where} is for Wan 2.2's second expert, whose layers vllm-omni gives the names of the first's; "
                 "here both experts go by the same settings: leave it out"
             )
-    known = {option.name for option in fields(SparseAttentionConfig)} - _ELSEWHERE.keys()
-    known = {name for name in known if not name.endswith("_2")} | {"num_steps", "preset"}
-    unknown = sorted(set(rest) - known)
+    known = known_options()
+    unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(
-            f'unknown options {", ".join(unknown)} under "{KEY}" in --additional-config; '
-            f"known are {', '.join(sorted(known))}"
-        )
-    return dict(rest)
+        known |= BLOCK_SPARSE if where == "block_sparse" else set()
+        raise ValueError(f"unknown options {', '.join(unknown)} in {where}; known are {', '.join(sorted(known))}")
+
+
+def _options(block_sparse: Mapping[str, Any], additional: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Our options from both places, each of which is given in one."""
+    here = {name: value for name, value in block_sparse.items() if name not in BLOCK_SPARSE}
+    check_names(here, "block_sparse")
+    there = (additional or {}).get(KEY, {})
+    if not isinstance(there, Mapping):
+        raise ValueError(f'{_ADDITIONAL} is {there!r}; give an object such as {{"block_size": 128}}')
+    check_names(there, _ADDITIONAL)
+    for name in sorted(here.keys() & there.keys()):
+        if here[name] != there[name]:
+            raise ValueError(
+                f"{name} is {here[name]!r} in block_sparse, and {there[name]!r} in {_ADDITIONAL}; leave one of them out"
+            )
+    return {**there, **here}

@@ -44,6 +44,14 @@ _EXPECTED: dict[tuple[str, str], tuple[str, ...]] = {
     ),
     ("vllm_omni.diffusion.data", "AttentionSpec.__post_init__"): ("self",),
     ("vllm_omni.diffusion.data", "AttentionSpec.backend_kwargs"): ("self",),
+    ("vllm_omni.diffusion.data", "BlockSparseSpec"): (
+        "sparsity",
+        "start_step",
+        "end_step",
+        "precision",
+        "skip_layers",
+        "skip_layer_indices",
+    ),
 }
 
 
